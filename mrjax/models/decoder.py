@@ -1,0 +1,409 @@
+"""The decoder: one flax.linen module for the whole Llama family.
+
+Parameters are a plain nested dict. With `scan_layers` (training) every leaf under
+`layers` has a leading axis of layers; without it (sampling) there is one subtree
+`layers_0`, `layers_1`, ... a layer: see `unstack_layers`.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mrjax.models.attention import NO_WINDOW, KVPart, attention, cached_attention
+from mrjax.models.cache import KVCache
+from mrjax.models.config import DecoderConfig
+from mrjax.models.rope import apply_rope, rope_angles
+from mrjax.sharding.mesh import BATCH_AXES, constrain
+
+_ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+REMAT_POLICIES = ('none', 'full')
+
+
+class LayerInputs(NamedTuple):
+  """What every layer reads beside the residual stream."""
+
+  cos: jax.Array
+  sin: jax.Array
+  positions_BT: jax.Array
+  segments_BT: jax.Array | None
+
+
+class Linear(nn.Module):
+  """A product over the last `len(in_dims)` axes, computed in two dimensions.
+
+  The kernel has shape [*in_dims, *out_dims]. Flattening rows before the product makes
+  the backward pass two plain matrix products, which is faster on every backend.
+  """
+
+  in_dims: tuple[int, ...]
+  out_dims: tuple[int, ...]
+  use_bias: bool
+  stddev: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param(
+      'kernel',
+      nn.initializers.normal(self.stddev),
+      (*self.in_dims, *self.out_dims),
+      jnp.float32,
+    )
+    rows = x.shape[: x.ndim - len(self.in_dims)]
+    num_in = int(np.prod(self.in_dims))
+    kernel_2d = kernel.astype(self.dtype).reshape(num_in, -1)
+    y = x.astype(self.dtype).reshape(-1, num_in) @ kernel_2d
+    y = y.reshape(*rows, *self.out_dims)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, self.out_dims, jnp.float32)
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm in float32, Zhang and Sennrich 2019."""
+
+  config: DecoderConfig
+  dim: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    adds_one = self.config.norm_adds_one
+    init = nn.initializers.zeros if adds_one else nn.initializers.ones
+    scale = self.param('scale', init, (self.dim,), jnp.float32).astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(variance + self.config.norm_eps)
+    if adds_one:
+      return (x * (1.0 + scale)).astype(self.dtype)
+    # Rounding before the scale is what the reference Llama does in low precision.
+    return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  def setup(self):
+    c = self.config
+    d, h = (c.hidden_size,), c.head_dim
+    kw = {'stddev': c.initializer_range, 'dtype': self.dtype}
+    self.q = Linear(d, (c.num_heads, h), c.qkv_bias, **kw)
+    self.k = Linear(d, (c.num_kv_heads, h), c.qkv_bias, **kw)
+    self.v = Linear(d, (c.num_kv_heads, h), c.qkv_bias, **kw)
+    self.o = Linear((c.num_heads, h), d, c.output_bias, **kw)
+    if c.qk_norm:
+      self.q_norm = RMSNorm(c, h, self.dtype)
+      self.k_norm = RMSNorm(c, h, self.dtype)
+
+  def project(self, x_BTD: jax.Array, inputs: LayerInputs):
+    q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+    if self.config.qk_norm:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    q_BTNH = apply_rope(q_BTNH, inputs.cos, inputs.sin)
+    k_BTKH = apply_rope(k_BTKH, inputs.cos, inputs.sin)
+    return tuple(
+      constrain(x, BATCH_AXES, None, 'tensor', None) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+
+  def __call__(self, x_BTD, window, inputs: LayerInputs):
+    q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, inputs)
+    out_BTNH = attention(
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      positions_BT=inputs.positions_BT,
+      segments_BT=inputs.segments_BT,
+      window=window,
+      scale=self.config.attention_scale,
+      softcap=self.config.attention_softcap,
+    )
+    return self.o(out_BTNH), (k_BTKH, v_BTKH)
+
+  def decode(
+    self, x_BTD, window, inputs: LayerInputs, prefix: KVPart, own: KVPart, index
+  ):
+    q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, inputs)
+    start = (0, 0, index, 0)
+    own = own._replace(
+      k_PKSH=jax.lax.dynamic_update_slice(
+        own.k_PKSH, k_BTKH.swapaxes(1, 2).astype(own.k_PKSH.dtype), start
+      ),
+      v_PKSH=jax.lax.dynamic_update_slice(
+        own.v_PKSH, v_BTKH.swapaxes(1, 2).astype(own.v_PKSH.dtype), start
+      ),
+    )
+    out_BTNH = cached_attention(
+      q_BTNH,
+      (prefix, own),
+      positions_BT=inputs.positions_BT,
+      window=window,
+      scale=self.config.attention_scale,
+      softcap=self.config.attention_softcap,
+    )
+    return self.o(out_BTNH), (own.k_PKSH, own.v_PKSH)
+
+
+class MLP(nn.Module):
+  """Gated feed-forward block."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  def setup(self):
+    c = self.config
+    d, f = (c.hidden_size,), (c.intermediate_size,)
+    kw = {'stddev': c.initializer_range, 'dtype': self.dtype}
+    self.gate = Linear(d, f, c.mlp_bias, **kw)
+    self.up = Linear(d, f, c.mlp_bias, **kw)
+    self.down = Linear(f, d, c.mlp_bias, **kw)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    hidden_BTF = _ACTIVATIONS[self.config.activation](self.gate(x_BTD)) * self.up(x_BTD)
+    return self.down(constrain(hidden_BTF, BATCH_AXES, None, 'tensor'))
+
+
+class DecoderLayer(nn.Module):
+  """Pre-norm attention and feed-forward; Gemma 2 also norms what each gives back."""
+
+  config: DecoderConfig
+  dtype: Any
+
+  def setup(self):
+    c = self.config
+    norm = lambda: RMSNorm(c, c.hidden_size, self.dtype)
+    self.attn_norm, self.mlp_norm = norm(), norm()
+    if c.post_norms:
+      self.post_attn_norm, self.post_mlp_norm = norm(), norm()
+    self.attn = Attention(c, self.dtype)
+    self.mlp = MLP(c, self.dtype)
+
+  def _finish(self, x_BTD, attended_BTD):
+    c = self.config
+    if c.post_norms:
+      attended_BTD = self.post_attn_norm(attended_BTD)
+    x_BTD = x_BTD + attended_BTD
+    fed_BTD = self.mlp(self.mlp_norm(x_BTD))
+    if c.post_norms:
+      fed_BTD = self.post_mlp_norm(fed_BTD)
+    return constrain(x_BTD + fed_BTD, BATCH_AXES, None, None)
+
+  def __call__(self, x_BTD, window, inputs: LayerInputs):
+    attended_BTD, _ = self.attn(self.attn_norm(x_BTD), window, inputs)
+    return self._finish(x_BTD, attended_BTD), None
+
+  def prefill(self, x_BTD, window, inputs: LayerInputs):
+    attended_BTD, (k, v) = self.attn(self.attn_norm(x_BTD), window, inputs)
+    kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return self._finish(x_BTD, attended_BTD), kv
+
+  def decode(self, x_BTD, window, inputs: LayerInputs, prefix, own, index):
+    attended_BTD, kv = self.attn.decode(
+      self.attn_norm(x_BTD), window, inputs, prefix, own, index
+    )
+    return self._finish(x_BTD, attended_BTD), kv
+
+
+class Decoder(nn.Module):
+  """A Llama-family decoder with a language-model head or a value head.
+
+  Attributes:
+    config: Shape and flavour.
+    dtype: Compute dtype; norms, softmax and logits are float32 whatever it is.
+    scan_layers: Stack the layers and scan over them. Compile time then does not grow
+      with depth, which is right for training; decoding wants separate layers, since
+      a scan would copy the whole cache at every token.
+    remat: `none` keeps all activations, `full` keeps each layer's input only.
+    num_value_outputs: 0 for a language model; otherwise the width of a value head
+      that replaces the language-model head (1, atoms, vocabulary, or their product).
+  """
+
+  config: DecoderConfig
+  dtype: Any = jnp.float32
+  scan_layers: bool = True
+  remat: str = 'none'
+  num_value_outputs: int = 0
+
+  def setup(self):
+    c = self.config
+    self.embed = nn.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      dtype=self.dtype,
+      embedding_init=nn.initializers.normal(c.initializer_range),
+    )
+    layer = DecoderLayer
+    if self.remat == 'full':
+      layer = nn.remat(layer, prevent_cse=not self.scan_layers)
+    elif self.remat != 'none':
+      raise ValueError(
+        f'remat {self.remat!r} is unknown; want one of {REMAT_POLICIES}.'
+      )
+    if self.scan_layers:
+      self.layers = nn.scan(
+        layer,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, nn.broadcast),
+        length=c.num_layers,
+      )(c, self.dtype)
+    else:
+      self.layers = [layer(c, self.dtype) for _ in range(c.num_layers)]
+    self.final_norm = RMSNorm(c, c.hidden_size, self.dtype)
+    if self.num_value_outputs:
+      self.value_head = Linear(
+        (c.hidden_size,),
+        (self.num_value_outputs,),
+        True,
+        stddev=c.initializer_range,
+        dtype=jnp.float32,
+      )
+    elif not c.tie_embeddings:
+      self.lm_head = Linear(
+        (c.hidden_size,),
+        (c.vocab_size,),
+        False,
+        stddev=c.initializer_range,
+        dtype=self.dtype,
+      )
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+  ) -> jax.Array:
+    """Head outputs of every token, float32 [B, T, V] or [B, T, num_value_outputs].
+
+    Args:
+      tokens_BT: int32 token ids.
+      positions_BT: int32 position of each token in its own text; by default 0, 1, ...
+      segments_BT: int32 text number of each token, 0 for padding (on either side);
+        by default one text a row.
+    """
+    return self.head(
+      self.hidden(tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT)
+    )
+
+  def hidden(self, tokens_BT, *, positions_BT=None, segments_BT=None) -> jax.Array:
+    """Hidden states after the final norm, [B, T, D] in the compute dtype."""
+    x_BTD, inputs = self._begin(tokens_BT, positions_BT, segments_BT)
+    windows = [w or NO_WINDOW for w in self.config.layer_windows]
+    if self.scan_layers:
+      x_BTD, _ = self.layers(x_BTD, jnp.asarray(windows, jnp.int32), inputs)
+    else:
+      for layer, window in zip(self.layers, windows):
+        x_BTD, _ = layer(x_BTD, window, inputs)
+    return self.final_norm(x_BTD)
+
+  def prefill(self, tokens_PS: jax.Array, *, lengths_P: jax.Array, max_lengths_P):
+    """Reads right-padded prompts; needs `scan_layers=False`.
+
+    Args:
+      tokens_PS: int32 prompts.
+      lengths_P: int32 number of real tokens of each, at least 1.
+      max_lengths_P: int32 tokens each row may reach with its completion (`longrope`
+        chooses its factors by it).
+
+    Returns:
+      Head outputs of each prompt's last token, float32 [P, V], and a pair (k, v) of
+      [P, K, S, H] for each layer.
+    """
+    places_S = jnp.arange(tokens_PS.shape[1])
+    segments_PS = (places_S[None] < lengths_P[:, None]).astype(jnp.int32)
+    positions_PS = jnp.broadcast_to(places_S[None], tokens_PS.shape)
+    x, inputs = self._begin(tokens_PS, positions_PS, segments_PS, max_lengths_P)
+    windows = [w or NO_WINDOW for w in self.config.layer_windows]
+    prefix = []
+    for layer, window in zip(self.layers, windows, strict=True):
+      x, kv = layer.prefill(x, window, inputs)
+      prefix.append(kv)
+    last_PD = jnp.take_along_axis(x, (lengths_P - 1)[:, None, None], axis=1)
+    return self.head(self.final_norm(last_PD))[:, 0], tuple(prefix)
+
+  def decode(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    positions_BT: jax.Array,
+    max_lengths_B,
+    cache: KVCache,
+  ) -> tuple[jax.Array, KVCache]:
+    """Head outputs of new tokens, float32 [B, T, V], and the cache with them in it.
+
+    Args:
+      tokens_BT: int32 next T tokens of each row.
+      positions_BT: Their int32 positions.
+      max_lengths_B: As for `prefill`, by row.
+      cache: Keys and values of all earlier tokens; T places from `index` are written.
+    """
+    x, inputs = self._begin(tokens_BT, positions_BT, None, max_lengths_B)
+    own_positions_BC = jax.lax.dynamic_update_slice(
+      cache.own_positions_BC, positions_BT.astype(jnp.int32), (0, cache.index)
+    )
+    own_k, own_v = [], []
+    for i, layer in enumerate(self.layers):
+      prefix = KVPart(cache.prefix_k[i], cache.prefix_v[i], cache.prefix_positions_PS)
+      own = KVPart(cache.own_k[i], cache.own_v[i], own_positions_BC)
+      window = self.config.layer_windows[i] or NO_WINDOW
+      x, (k, v) = layer.decode(x, window, inputs, prefix, own, cache.index)
+      own_k.append(k)
+      own_v.append(v)
+    cache = cache.replace(
+      own_k=tuple(own_k),
+      own_v=tuple(own_v),
+      own_positions_BC=own_positions_BC,
+      index=cache.index + tokens_BT.shape[1],
+    )
+    return self.head(self.final_norm(x)), cache
+
+  def head(self, hidden_BTD: jax.Array) -> jax.Array:
+    """Float32 outputs of the head for hidden states: logits, or raw values."""
+    c = self.config
+    if self.num_value_outputs:
+      return self.value_head(hidden_BTD.astype(jnp.float32))
+    if c.tie_embeddings:
+      logits = self.embed.attend(hidden_BTD)
+    else:
+      logits = self.lm_head(hidden_BTD)
+    logits = logits.astype(jnp.float32)
+    if c.logit_softcap is not None:
+      logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+    return logits
+
+  def _begin(self, tokens_BT, positions_BT, segments_BT, max_lengths_B=None):
+    c = self.config
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    if segments_BT is None:
+      segments_BT = jnp.ones_like(tokens_BT)
+    if max_lengths_B is None:
+      max_lengths_B = 1 + jnp.max(jnp.where(segments_BT > 0, positions_BT, -1), axis=1)
+    x_BTD = self.embed(tokens_BT)
+    if c.scale_embeddings:
+      # Rounded to the compute dtype first, as the released Gemma weights expect.
+      x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
+    cos, sin = rope_angles(positions_BT, c.rope, lengths_B=max_lengths_B)
+    x_BTD = constrain(x_BTD, BATCH_AXES, None, None)
+    return x_BTD, LayerInputs(cos, sin, positions_BT, segments_BT)
+
+
+def unstack_layers(params: dict, num_layers: int) -> dict:
+  """Parameters of a scanned decoder in the form `scan_layers=False` reads."""
+  rest = {name: tree for name, tree in params.items() if name != 'layers'}
+  layers = {
+    f'layers_{i}': jax.tree.map(lambda x, i=i: x[i], params['layers'])
+    for i in range(num_layers)
+  }
+  return rest | layers

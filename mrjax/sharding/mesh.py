@@ -1,0 +1,92 @@
+"""Device meshes from `--mesh`, and activation constraints on whatever mesh is set."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')  # rows of a batch are split over both
+BATCH = PartitionSpec(BATCH_AXES)
+
+
+class MeshError(ValueError):
+  """A mesh that cannot be built, or an array that does not divide over it."""
+
+
+def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
+  """Axis sizes of `spec`, every axis of `AXES` present, product `num_devices`.
+
+  Args:
+    spec: `axis:size` pairs with commas between, e.g. `data:1,fsdp:-1,tensor:1`; one
+      size may be -1 and takes the devices that are left; an axis left out is 1.
+    num_devices: Devices to fill.
+
+  Raises:
+    MeshError: An unknown or repeated axis, a size that is no positive integer, or a
+      product other than `num_devices`.
+  """
+  sizes: dict[str, int] = {}
+  for item in filter(None, (item.strip() for item in spec.split(','))):
+    name, _, value = item.partition(':')
+    if name not in AXES or name in sizes:
+      raise MeshError(
+        f'Mesh {spec!r}: axis {name!r} is {"given twice" if name in sizes else "unknown"}'
+        f'; want each of {", ".join(AXES)} at most once, as in "data:1,fsdp:-1".'
+      )
+    try:
+      sizes[name] = int(value)
+    except ValueError:
+      sizes[name] = 0
+    if sizes[name] < 1 and sizes[name] != -1:
+      raise MeshError(
+        f'Mesh {spec!r}: size {value!r} of {name} is no positive integer or -1.'
+      )
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise MeshError(
+      f'Mesh {spec!r}: only one axis may be -1, not {" and ".join(free)}.'
+    )
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if free:
+    if num_devices % fixed:
+      raise MeshError(
+        f'Mesh {spec!r}: {num_devices} devices are not a multiple of {fixed}, the '
+        'product of the fixed sizes.'
+      )
+    sizes[free[0]] = num_devices // fixed
+  elif fixed != num_devices:
+    raise MeshError(
+      f'Mesh {spec!r} has {fixed} places for {num_devices} devices; they must be '
+      'equal. Set one axis to -1 to take what is left.'
+    )
+  return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(spec: str, devices=None) -> Mesh:
+  """The mesh `spec` describes over `devices` (all devices of all hosts by default)."""
+  devices = jax.devices() if devices is None else devices
+  sizes = parse_mesh(spec, len(devices))
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def constrain(x: jax.Array, *axes) -> jax.Array:
+  """Pins `x` to a layout on the mesh in force (`jax.set_mesh`); without one, `x`.
+
+  Args:
+    x: An activation.
+    *axes: A mesh axis, a tuple of them or None for each leading dimension.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
