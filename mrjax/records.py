@@ -82,7 +82,9 @@ class Problem:
         raise ValueError(f"field 'options' must be a list of strings: {options!r:.80}")
       values['options'] = tuple(options)
     level = record.get('level')
-    if level is not None and (isinstance(level, bool) or not isinstance(level, str | int)):
+    if level is not None and (
+      isinstance(level, bool) or not isinstance(level, str | int)
+    ):
       raise ValueError(f"field 'level' must be a string or an integer: {level!r:.80}")
     return cls(level=level, **values)
 
@@ -110,7 +112,9 @@ def parse_line(
     raise DataError(path, number, f'not UTF-8 ({error}); re-encode the file') from None
   except json.JSONDecodeError as error:
     raise DataError(
-      path, number, f'not valid JSON ({error.msg} at column {error.colno}): {line[:80]!r}'
+      path,
+      number,
+      f'not valid JSON ({error.msg} at column {error.colno}): {line[:80]!r}',
     ) from None
   except RecursionError:
     raise DataError(path, number, 'JSON nested too deeply to be a record') from None
