@@ -30,9 +30,10 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
   for item in filter(None, (item.strip() for item in spec.split(','))):
     name, _, value = item.partition(':')
     if name not in AXES or name in sizes:
+      fault = 'given twice' if name in sizes else 'unknown'
       raise MeshError(
-        f'Mesh {spec!r}: axis {name!r} is {"given twice" if name in sizes else "unknown"}'
-        f'; want each of {", ".join(AXES)} at most once, as in "data:1,fsdp:-1".'
+        f'Mesh {spec!r}: axis {name!r} is {fault}; want each of {", ".join(AXES)} at '
+        'most once, as in "data:1,fsdp:-1".'
       )
     try:
       sizes[name] = int(value)

@@ -1,0 +1,191 @@
+"""What every run shares: its output directory, its log, its devices."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+  'mrjax',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'transformers',
+)
+
+
+class OutputError(ValueError):
+  """An output directory that is in use, or that another configuration made."""
+
+
+def prepare_output_dir(
+  path: str | Path, config: Any, *, overwrite: bool, resume: bool = False
+) -> Path:
+  """Makes an output directory and writes `config.json` into it.
+
+  Args:
+    path: The directory; made with its parents.
+    config: A dataclass; all its fields are recorded.
+    overwrite: Delete what an earlier run left. Only a directory that a run of mrjax
+      made (it holds `config.json`) is ever deleted.
+    resume: Accept the directory of an earlier run with the same configuration.
+
+  Raises:
+    OutputError: The directory holds files and neither flag allows them; or it is to
+      be resumed and a field differs (both values are named).
+  """
+  if not str(path):
+    raise OutputError('--output_dir is empty: name a directory for the results.')
+  path = Path(path)
+  if path.exists() and not path.is_dir():
+    raise OutputError(f'{path} is a file; --output_dir wants a directory.')
+  used = path.is_dir() and any(path.iterdir())
+  if used and overwrite:
+    if not (path / 'config.json').is_file():
+      raise OutputError(
+        f'{path} was not made by mrjax (no config.json): not deleted. Choose another '
+        '--output_dir.'
+      )
+    shutil.rmtree(path)
+    used = False
+  fields = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  if used:
+    if not resume:
+      raise OutputError(
+        f'{path} already holds files. Choose another --output_dir, or pass '
+        '--overwrite to delete what is there.'
+      )
+    _check_same(path, fields)
+    return path
+  path.mkdir(parents=True, exist_ok=True)
+  write_json(path / 'config.json', {'config': fields} | environment())
+  return path
+
+
+def environment() -> dict[str, Any]:
+  """Package versions, git commit, device kind and command line of this process."""
+  versions = {}
+  for name in _PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  facts = {'command': sys.argv, 'versions': versions, 'git_commit': _git_commit()}
+  if 'jax' in sys.modules:  # text-only runs never load jax
+    import jax
+
+    facts['device'] = {
+      'platform': jax.default_backend(),
+      'kind': jax.devices()[0].device_kind,
+      'count': jax.device_count(),
+    }
+  return facts
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one, never a half."""
+  path = Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  with temporary.open('w', encoding='utf-8') as file:
+    json.dump(value, file, indent=2, ensure_ascii=False)
+    file.write('\n')
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+class MetricsLog:
+  """`metrics.jsonl` (always), TensorBoard and, where asked, Weights & Biases."""
+
+  def __init__(self, directory: Path, *, tensorboard: bool = False, wandb: str = ''):
+    from tensorboardX import SummaryWriter
+
+    self._file = (directory / 'metrics.jsonl').open('a', encoding='utf-8')
+    self._board = SummaryWriter(str(directory / 'tensorboard')) if tensorboard else None
+    self._wandb = None
+    if wandb:
+      try:
+        import wandb as wandb_module
+      except ImportError:
+        raise ImportError(
+          'wandb is not installed: pip install "mrjax[wandb]", or drop --wandb_project.'
+        ) from None
+      self._wandb = wandb_module.init(project=wandb, dir=str(directory))
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    self._file.write(json.dumps({'step': step} | dict(metrics)) + '\n')
+    self._file.flush()
+    if self._board:
+      for name, value in metrics.items():
+        self._board.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.log(dict(metrics), step=step)
+
+  def close(self) -> None:
+    self._file.close()
+    if self._board:
+      self._board.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def resolve_dtype(name: str):
+  """`auto` is bfloat16 on TPU and GPU and float32 on a CPU, which is slow in bfloat16."""
+  import jax
+  import jax.numpy as jnp
+
+  if name == 'auto':
+    return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+  dtypes = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+  if name not in dtypes:
+    raise ValueError(f'--dtype={name}: want auto, {" or ".join(dtypes)}.')
+  return dtypes[name]
+
+
+def _check_same(path: Path, fields: dict[str, Any]) -> None:
+  config_path = path / 'config.json'
+  if not config_path.is_file():
+    raise OutputError(
+      f'{path} holds files but no config.json, so no run of mrjax made it. Choose '
+      'another --output_dir.'
+    )
+  try:
+    old = json.loads(config_path.read_text(encoding='utf-8'))['config']
+  except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    raise OutputError(
+      f'{config_path} is damaged. Choose another --output_dir.'
+    ) from None
+  ignored = {'overwrite', 'output_dir', 'mesh'}  # where it runs may change
+  changed = [
+    f'{name}: was {old.get(name)!r}, now {fields.get(name)!r}'
+    for name in sorted((old.keys() | fields.keys()) - ignored)
+    if old.get(name) != fields.get(name)
+  ]
+  if changed:
+    raise OutputError(
+      f'{path} holds a run with another configuration ({"; ".join(changed)}). Choose '
+      'another --output_dir, or pass --overwrite to start again.'
+    )
+
+
+def _git_commit() -> str | None:
+  try:
+    result = subprocess.run(
+      ['git', 'rev-parse', 'HEAD'],
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      timeout=5,
+      check=False,
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return result.stdout.strip() or None

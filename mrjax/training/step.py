@@ -1,0 +1,85 @@
+"""The one train step: pure, the same for every loss, accumulation and mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from mrjax.sharding.rules import param_shardings, param_specs
+from mrjax.training.optimizer import state_specs
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+# (params, batch) -> (summed loss, (weight, metrics)). The loss of a step is the sum
+# over all its micro-batches divided by the summed weight (tokens, or pairs), so that
+# accumulation, padding and mesh never change it. Metrics are sums with the same divisor.
+LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[jax.Array, dict]]]
+
+
+class TrainState(flax.struct.PyTreeNode):
+  step: jax.Array  # int32, optimizer steps done
+  params: PyTree
+  opt_state: PyTree
+
+
+def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def state_shardings(
+  params: PyTree, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Where each leaf of the state lives; optimizer moments lie with their weights."""
+  specs = state_specs(tx, params, param_specs(params))
+  return TrainState(
+    step=NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    params=param_shardings(params, mesh),
+    opt_state=jax.tree.map(
+      lambda spec: NamedSharding(mesh, spec),
+      specs,
+      is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
+    ),
+  )
+
+
+def train_step(
+  state: TrainState, batch: Batch, *, loss_fn: LossFn, tx: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimizer step over all micro-batches.
+
+  Args:
+    state: Updated state is returned; donate the old one.
+    batch: Arrays with leading axes [A, B]: A micro-batches of B rows.
+    loss_fn: See `LossFn`.
+    tx: The optimizer.
+
+  Returns:
+    The new state, and float32 scalars: `loss`, `weight`, `grad_norm` (before
+    clipping) and what `loss_fn` reports.
+  """
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def one(micro):
+    (loss, (weight, metrics)), grads = grad_fn(state.params, micro)
+    return grads, {'loss': loss, 'weight': weight} | metrics
+
+  first = jax.tree.map(lambda x: x[0], batch)
+  if jax.tree.leaves(batch)[0].shape[0] == 1:
+    grads, totals = one(first)
+  else:
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+    )
+    add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(micro)), None)
+    (grads, totals), _ = jax.lax.scan(add, zeros, batch)
+  weight = totals.pop('weight')
+  grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+  metrics = {name: total / weight for name, total in totals.items()}
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  state = TrainState(state.step + 1, params, opt_state)
+  return state, metrics | {'weight': weight, 'grad_norm': optax.tree.norm(grads)}
