@@ -16,7 +16,7 @@ from mrjax.data.story_plots import make_story
 from mrjax.records import Problem
 
 # How often a problem has 1, 2, ... 6 steps.
-STEP_WEIGHTS = {1: 25, 2: 27, 3: 22, 4: 14, 5: 8, 6: 4}
+STEP_WEIGHTS: dict[int, float] = {1: 25, 2: 27, 3: 22, 4: 14, 5: 8, 6: 4}
 FORMS = ('open', 'choice', 'boxed')
 DEFAULT_SIZES = {'train': 2000, 'dev': 500, 'test': 500}
 
@@ -77,7 +77,7 @@ def generate_problems(
       misses += 1
       if misses > _MAX_MISSES:
         raise ValueError(
-          f'found only {len(problems)} distinct problems of {split!r} with steps={steps}, '
+          f'found only {len(problems)} distinct {split!r} problems with steps={steps}, '
           f'want {size}; ask for fewer, or for more step counts'
         )
       continue
@@ -230,27 +230,24 @@ def _rearrangements(steps: Sequence[Step]) -> Iterator[list[Step]]:
   """Yields the graph as told, then with gains and losses in a row in other orders."""
   runs: list[list[int]] = []
   for i, step in enumerate(steps):
-    users = sum(i - 1 in _needs(other) for other in steps)
-    follows = i and step.shift and step.terms[0].step == i - 1 and users == 1
-    if follows and steps[i - 1].shift:
+    if not step.shift:
+      continue
+    # The amount between two shifts may change only if nothing else uses it.
+    private = sum(i - 1 in _needs(other) for other in steps) == 1
+    if i and steps[i - 1].shift and step.terms[0].step == i - 1 and private:
       runs[-1].append(i)
-    elif step.shift:
+    else:
       runs.append([i])
-  orders = [list(itertools.permutations(run)) for run in runs]
-  for choice in itertools.product(*orders):
+  for orders in itertools.product(*[itertools.permutations(run) for run in runs]):
     graph = list(steps)
-    for run, order in zip(runs, choice, strict=True):
+    for run, order in zip(runs, orders, strict=True):
       value = steps[run[0]].terms[0].value
       for place, source in zip(run, order, strict=True):
-        change = steps[source].terms[1]
-        start = dataclasses.replace
-        before = steps[place].terms[0]._replace(value=value)
-        value += change.value if steps[source].operators == '+' else -change.value
-        graph[place] = start(
-          steps[place],
-          terms=(before, change),
-          operators=steps[source].operators,
-          value=value,
+        operator, change = steps[source].operators, steps[source].terms[1]
+        terms = (steps[place].terms[0]._replace(value=value), change)
+        value += change.value if operator == '+' else -change.value
+        graph[place] = dataclasses.replace(
+          steps[place], terms=terms, operators=operator, value=value
         )
     if all(step.value > 0 for step in graph):
       yield graph

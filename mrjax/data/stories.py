@@ -8,19 +8,79 @@ The vocabulary is small on purpose: a tiny model with a tiny tokenizer can read 
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 T = TypeVar('T')
 
 MAX_VALUE = 200  # quantities stay small enough for a tiny model to compute with
 
-_PRONOUNS = {
-  'He': ['Tom', 'Ben', 'Sam', 'Leo', 'Max', 'Dan', 'Jack', 'Omar', 'Ravi', 'Luis', 'Paul', 'Hugo'],
-  'She': ['Ann', 'Mia', 'Eva', 'Zoe', 'Amy', 'Lucy', 'Emma', 'Nina', 'Sara', 'Kate', 'Rosa', 'Jane'],
-}
-_PEOPLE = [(name, he) for he, names in _PRONOUNS.items() for name in names]
-_THINGS = ['apples', 'pens', 'cards', 'books', 'coins', 'eggs', 'stamps', 'shells', 'marbles', 'stickers', 'cookies', 'cakes', 'roses', 'balls', 'beads', 'toys', 'cups', 'plums', 'pears', 'nuts', 'pencils', 'hats', 'keys', 'rings', 'kites', 'stones', 'lemons', 'dolls', 'candles', 'buttons']
+# Short words: a tokenizer of 512 entries holds most of them whole.
+_PEOPLE = tuple(
+  (name, 'He')
+  for name in (
+    'Tom',
+    'Ben',
+    'Sam',
+    'Leo',
+    'Max',
+    'Dan',
+    'Ian',
+    'Ron',
+    'Ken',
+    'Ali',
+    'Ray',
+    'Jon',
+  )
+) + tuple(
+  (name, 'She')
+  for name in (
+    'Ann',
+    'Mia',
+    'Eva',
+    'Zoe',
+    'Amy',
+    'Ivy',
+    'Kim',
+    'Sue',
+    'Meg',
+    'Liz',
+    'Joy',
+    'Ada',
+  )
+)
+_THINGS = (
+  'pens',
+  'cards',
+  'books',
+  'coins',
+  'eggs',
+  'stamps',
+  'shells',
+  'cakes',
+  'balls',
+  'beads',
+  'toys',
+  'cups',
+  'plums',
+  'pears',
+  'nuts',
+  'hats',
+  'keys',
+  'rings',
+  'kites',
+  'stones',
+  'dolls',
+  'figs',
+  'limes',
+  'pins',
+  'buns',
+  'pies',
+  'masks',
+  'bells',
+  'lamps',
+  'apples',
+)
 
 
 class Infeasible(Exception):
@@ -57,20 +117,20 @@ class Draws:
 
   def shuffled(self, items: Sequence[T]) -> list[T]:
     """Returns the items in random order (Fisher-Yates)."""
-    items = list(items)
-    for i in range(len(items) - 1, 0, -1):
+    shuffled = list(items)
+    for i in range(len(shuffled) - 1, 0, -1):
       j = self.below(i + 1)
-      items[i], items[j] = items[j], items[i]
-    return items
+      shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+    return shuffled
 
-  def weighted(self, weights: dict[T, float]) -> T:
+  def weighted(self, weights: Mapping[T, float]) -> T:
     """Returns a key with probability proportional to its weight."""
     point = self._random() * sum(weights.values())
     for key, weight in weights.items():
       point -= weight
       if point < 0:
         return key
-    return next(reversed(weights))
+    return key
 
 
 class Amount(NamedTuple):
@@ -84,8 +144,8 @@ class Amount(NamedTuple):
 class Step:
   """One calculation: `terms` joined by `operators`, read from the left.
 
-  `wordings` are lines with `{e}` for the annotated expression. `shift` marks the gain or
-  loss of a given number, which may trade places with its neighbours of the same kind.
+  `wordings` are lines with `{e}` for the annotated expression. `shift` marks the gain
+  or loss of a given number, which may trade places with its neighbours of that kind.
   """
 
   terms: tuple[Amount, ...]
@@ -140,7 +200,6 @@ class Holding:
   pronoun: str
   unit: str  # 'apples'; 'dollars' for money
   amount: Amount
-  verb: str = 'has'
 
   @property
   def is_money(self) -> bool:

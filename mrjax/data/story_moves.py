@@ -17,12 +17,10 @@ PERCENTS = (10, 20, 25, 30, 40, 50, 60, 75)
 
 
 def has(holding: Holding) -> tuple[str, ...]:
-  who, what = holding.owner, holding.unit
-  if who == 'they':
-    return (f'They have {{e}} {what}.', f'In all they have {{e}} {what}.')
+  """Returns the lines that state what a person has."""
   return (
-    f'{who} {holding.verb} {{e}} {what}.',
-    f'Now {who} {holding.verb} {{e}} {what}.',
+    f'{holding.owner} has {{e}} {holding.unit}.',
+    f'Now {holding.owner} has {{e}} {holding.unit}.',
   )
 
 
@@ -184,13 +182,13 @@ def _sell_bags(t: Teller, h: Holding) -> None:  # 2 steps
   n = t.draws.pick([n for n in range(2, 13) if h.amount.value % n == 0])
   s, box = t.subject(h), t.draws.pick(_CONTAINERS)
   p = t.draws.between(2, 12)
-  t.tell(f'{s} puts the {h.unit} in {box} of {n} and sells them for ${p} each.')
+  t.tell(f'{s} puts the {h.unit} in {box} of {n} and sells the {box} for ${p} each.')
   bags = t.compute('/', (h.amount, n), f'{h.owner} fills {{e}} {box}.')
   h.unit = 'dollars'
   h.amount = t.compute('*', (bags, p), f'{h.owner} gets {{e}} dollars.')
 
 
-# --- Endings: a last operation with its own question -----------------------------------
+# --- Endings: a last operation with its own question ---------------------------------
 
 
 def ask_now(t: Teller, h: Holding) -> None:
@@ -246,6 +244,8 @@ def _need(t: Teller, h: Holding) -> None:
 def _red(t: Teller, h: Holding) -> None:
   v = h.amount.value
   colour = t.draws.pick(['red', 'blue', 'green'])
+  operators: str
+  terms: tuple[Amount | int, ...]
   if t.draws.chance(0.5):
     k = t.draws.pick([k for k in PARTS if v % k == 0])
     part = PARTS[k]
@@ -288,6 +288,6 @@ _FOR_THINGS = {_sell_all, _sell_bags, _bag, _red}
 
 
 def allowed(table: dict[Move, int], budget: int, *, is_money: bool) -> list[Move]:
-  """Returns the moves of the table that cost at most `budget` steps and fit the unit."""
+  """Returns the moves of the table that take at most `budget` steps and fit."""
   barred = _FOR_THINGS if is_money else _FOR_MONEY
   return [move for move, cost in table.items() if cost <= budget and move not in barred]
