@@ -138,7 +138,7 @@ class MetricsLog:
 
 
 def resolve_dtype(name: str):
-  """`auto` is bfloat16 on TPU and GPU and float32 on a CPU, which is slow in bfloat16."""
+  """`auto` is bfloat16 on TPU and GPU, float32 on a CPU (slow in bfloat16)."""
   import jax
   import jax.numpy as jnp
 

@@ -16,7 +16,7 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 # (params, batch) -> (summed loss, (weight, metrics)). The loss of a step is the sum
 # over all its micro-batches divided by the summed weight (tokens, or pairs), so that
-# accumulation, padding and mesh never change it. Metrics are sums with the same divisor.
+# accumulation, padding and mesh never change it. Metrics are sums, divided likewise.
 LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[jax.Array, dict]]]
 
 

@@ -1,0 +1,109 @@
+"""The training loop: it owns time, logs and checkpoints; the step stays pure."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mrjax.sharding.mesh import BATCH_AXES
+from mrjax.training.step import TrainState
+
+
+class NonFiniteLossError(FloatingPointError):
+  """The loss of a step is NaN or infinite; `step` counts from 1."""
+
+  def __init__(self, step: int, loss: float):
+    super().__init__(f'The loss of step {step} is {loss}.')
+    self.step = step
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts [A, B, T] host arrays on the mesh, rows split over the batch axes.
+
+  Every process holds the whole batch and hands over the rows its devices own, so the
+  batch of a step is the same for any number of hosts.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+  return {
+    name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+    for name, x in batch.items()
+  }
+
+
+def fit(
+  state: TrainState,
+  train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+  get_batch: Callable[[int], dict[str, np.ndarray]],
+  *,
+  mesh: Mesh,
+  start_step: int,
+  num_steps: int,
+  on_step: Callable[[int, dict[str, float]], None],
+  save: Callable[[int, TrainState], None],
+  save_every: int = 0,
+  profile: tuple[int, int, str] | None = None,
+) -> TrainState:
+  """Trains from `start_step` to `num_steps` and saves the last state.
+
+  Metrics of a step are read after the next one is launched, so the devices never
+  wait for the host; a state is saved only once its loss is known to be finite.
+
+  Args:
+    state: The state after `start_step` steps.
+    train_step: Compiled step; it may donate the state.
+    get_batch: Host arrays [A, B, T] of a step, a function of the step number alone.
+    mesh: Set while the step runs.
+    start_step: Steps already done.
+    num_steps: Steps to have done in the end.
+    on_step: Called with the number of steps done and that step's metrics, to which
+      `seconds`, `tokens` (not padding) and `padding` (its share of all places) are
+      added.
+    save: Called with the number of steps done and the state.
+    save_every: Steps between saves; 0 saves at the end alone.
+    profile: First step, last step (excluded) and directory of a profiler trace.
+
+  Raises:
+    NonFiniteLossError: Names the step; nothing is saved from there on.
+  """
+  pending: tuple[int, dict, dict] | None = None
+  clock = time.perf_counter()
+
+  def finish_pending() -> None:
+    nonlocal pending, clock
+    if pending is None:
+      return
+    step, metrics, facts = pending
+    pending = None
+    values = {name: float(value) for name, value in metrics.items()}
+    if not math.isfinite(values['loss']):
+      raise NonFiniteLossError(step, values['loss'])
+    now = time.perf_counter()
+    on_step(step, values | facts | {'seconds': now - clock})
+    clock = now
+
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    for step in range(start_step, num_steps):
+      if profile and step == profile[0]:
+        stack.enter_context(jax.profiler.trace(profile[2]))
+      host_batch = get_batch(step)
+      state, metrics = train_step(state, shard_batch(host_batch, mesh))
+      finish_pending()
+      pending = step + 1, metrics, _count(host_batch)
+      done = step + 1
+      if profile and done == profile[1]:
+        finish_pending()
+        stack.close()
+      if done == num_steps or (save_every and done % save_every == 0):
+        finish_pending()
+        save(done, state)
+  return state
+
+
+def _count(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+  real = int((batch['segments'] != 0).sum())
+  return {'tokens': real, 'padding': 1 - real / batch['segments'].size}

@@ -1,0 +1,251 @@
+"""The train step: its numbers depend on the data alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mrjax import trees
+from mrjax.losses.tokens import cross_entropy, next_token_mask
+from mrjax.models.config import DecoderConfig
+from mrjax.models.decoder import Decoder
+from mrjax.sharding.mesh import make_mesh
+from mrjax.training import loop, optimizer, step
+
+CONFIG = DecoderConfig.from_hf(
+  {
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': 48,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'head_dim': 6,
+  }
+)
+MESHES = ('data:1', 'data:8', 'fsdp:8', 'fsdp:4,tensor:2', 'data:2,fsdp:2,tensor:2')
+DECODER = Decoder(CONFIG)
+
+
+def make_params():
+  return DECODER.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
+
+
+def make_batch(num_micro: int, rows: int = 16, length: int = 11):
+  rng = np.random.default_rng(5)
+  lengths = rng.integers(4, length + 1, (rows, 1))
+  places = np.arange(length)[None]
+  real = places < lengths
+  batch = {
+    'tokens': np.where(real, rng.integers(1, 48, (rows, length)), 0).astype(np.int32),
+    'positions': np.broadcast_to(places, real.shape).astype(np.int32),
+    'segments': real.astype(np.int32),
+    'loss_mask': real & (places >= 2),
+  }
+  return {k: v.reshape(num_micro, rows // num_micro, length) for k, v in batch.items()}
+
+
+def loss_fn(params, batch):
+  logits = DECODER.apply(
+    {'params': params},
+    batch['tokens'],
+    positions_BT=batch['positions'],
+    segments_BT=batch['segments'],
+  )
+  loss, weight = cross_entropy(
+    logits, batch['tokens'], batch['loss_mask'], batch['segments']
+  )
+  return loss, (weight, {})
+
+
+def run_step(spec: str, batch, num_steps: int = 1):
+  devices = jax.devices()[:1] if spec == 'data:1' else jax.devices()
+  mesh = make_mesh(spec, devices)
+  tx = optax.sgd(1.0)  # so that the change of a parameter is its gradient
+  params = make_params()
+  shardings = step.state_shardings(jax.eval_shape(lambda: params), tx, mesh)
+  state = jax.device_put(step.init_state(params, tx), shardings)
+  fn = jax.jit(lambda s, b: step.train_step(s, b, loss_fn=loss_fn, tx=tx))
+  with jax.set_mesh(mesh):
+    for _ in range(num_steps):
+      state, metrics = fn(state, loop.shard_batch(batch, mesh))
+  return jax.device_get(state), {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.fixture(scope='module')
+def reference():
+  return run_step('data:1', make_batch(1))
+
+
+@pytest.mark.parametrize('spec', MESHES[1:])
+def test_any_mesh_gives_the_same_loss_and_gradients(reference, spec):
+  state, metrics = run_step(spec, make_batch(1))
+  assert metrics['loss'] == pytest.approx(reference[1]['loss'], rel=1e-6)
+  assert metrics['weight'] == reference[1]['weight']
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+    state.params,
+    reference[0].params,
+  )
+
+
+def test_accumulation_is_one_big_batch_though_token_counts_differ(reference):
+  batch = make_batch(2)
+  counts = batch['loss_mask'].sum((1, 2))
+  assert counts[0] != counts[1]
+  state, metrics = run_step('data:1', batch)
+  assert metrics['loss'] == pytest.approx(reference[1]['loss'], rel=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+    state.params,
+    reference[0].params,
+  )
+
+
+def test_padding_does_not_change_the_step(reference):
+  batch = {k: np.pad(v, ((0, 0), (0, 0), (0, 5))) for k, v in make_batch(1).items()}
+  state, metrics = run_step('data:1', batch)
+  assert metrics['loss'] == pytest.approx(reference[1]['loss'], rel=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+    state.params,
+    reference[0].params,
+  )
+
+
+def test_packed_texts_give_the_loss_of_separate_rows():
+  params = make_params()
+  rows = make_batch(1, rows=3, length=7)
+  rows = {k: v[0] for k, v in rows.items()}
+  lengths = (rows['segments'] > 0).sum(1)
+  packed = {
+    k: np.concatenate([rows[k][i, : lengths[i]] for i in range(3)])[None] for k in rows
+  }
+  packed['segments'] = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
+  separate, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
+  together, packed_grads = jax.value_and_grad(loss_fn, has_aux=True)(params, packed)
+  assert together[1][0] == separate[1][0]
+  np.testing.assert_allclose(together[0], separate[0], rtol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, packed_grads
+  )
+
+
+def test_cross_entropy_by_hand():
+  # Three tokens; only the last is supervised; its logit leads by log 3 over one other.
+  logits = jnp.array([[[0.0, 0.0], [np.log(3.0), 0.0], [9.0, 9.0]]])
+  tokens = jnp.array([[0, 1, 0]])
+  mask = jnp.array([[False, False, True]])
+  loss, count = cross_entropy(logits, tokens, mask, jnp.ones((1, 3), jnp.int32))
+  assert count == 1
+  assert float(loss) == pytest.approx(-np.log(3 / 4))
+
+
+def test_unsupervised_logits_get_exactly_zero_gradient():
+  key = jax.random.key(1)
+  logits = jax.random.normal(key, (2, 5, 7))
+  tokens = jnp.arange(10).reshape(2, 5) % 7
+  mask = jnp.zeros((2, 5), bool).at[0, 3].set(True)
+  ones = jnp.ones((2, 5), jnp.int32)
+  grads = jax.grad(lambda x: cross_entropy(x, tokens, mask, ones)[0])(logits)
+  nonzero = np.argwhere(np.abs(grads).sum(-1))
+  np.testing.assert_array_equal(nonzero, [[0, 2]])
+
+
+def test_a_text_never_predicts_the_first_token_of_the_next():
+  mask = np.ones((1, 6), bool)
+  segments = np.array([[1, 1, 2, 2, 2, 0]])
+  np.testing.assert_array_equal(
+    next_token_mask(mask, segments), [[True, False, True, True, False, False]]
+  )
+
+
+def test_no_look_ahead():
+  params = make_params()
+  tokens = jnp.arange(7)[None]  # all different, so a row of the table is one input
+
+  def logits_at(embedding, t):
+    changed = params | {'embed': {'embedding': embedding}}
+    return DECODER.apply({'params': changed}, tokens)[0, t].sum()
+
+  for t in range(6):
+    grads = jax.grad(logits_at)(params['embed']['embedding'], t)
+    assert np.abs(grads[: t + 1]).max() > 0
+    np.testing.assert_array_equal(grads[t + 1 :], 0)
+
+
+def test_schedule_warms_up_and_ends_at_its_floor():
+  config = optimizer.OptimizerConfig(
+    learning_rate=2.0, schedule='cosine', warmup_ratio=0.03, final_lr_ratio=0.1
+  )
+  schedule = optimizer.make_schedule(config, 174)
+  assert float(schedule(0)) == pytest.approx(2 / 6)  # 6 = ceil(0.03 * 174)
+  assert float(schedule(5)) == pytest.approx(2.0)
+  assert float(schedule(6)) == pytest.approx(2.0)
+  assert float(schedule(174)) == pytest.approx(0.2)
+  linear = optimizer.make_schedule(
+    optimizer.OptimizerConfig(learning_rate=2.0, schedule='linear'), 10
+  )
+  assert float(linear(5)) == pytest.approx(1.0)
+
+
+def test_adamw_leaves_norms_and_biases_undecayed():
+  tx = optimizer.make_optimizer(
+    optimizer.OptimizerConfig(weight_decay=0.5, clip_norm=0.0), lambda _: 0.1
+  )
+  params = {'a': {'kernel': jnp.ones(3), 'bias': jnp.ones(3), 'scale': jnp.ones(3)}}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  flat = trees.flatten(updates)
+  np.testing.assert_allclose(flat['a/kernel'], -0.05)
+  np.testing.assert_array_equal(flat['a/bias'], 0)
+  np.testing.assert_array_equal(flat['a/scale'], 0)
+
+
+def test_moments_lie_with_their_weights():
+  params = jax.eval_shape(make_params)
+  tx = optimizer.make_optimizer(optimizer.OptimizerConfig(), lambda _: 1.0)
+  shardings = step.state_shardings(params, tx, make_mesh('fsdp:4,tensor:2'))
+  flat = trees.flatten(shardings.opt_state)
+  moments = [s for name, s in flat.items() if name.endswith('mlp/up/kernel')]
+  want = trees.flatten(shardings.params)['layers/mlp/up/kernel']
+  assert moments == [want, want]
+
+
+def fit(num_steps, bad_step=None):
+  seen = []
+
+  def fake_step(state, batch):
+    value = float('nan') if int(state.step) == bad_step else 1.0
+    return state.replace(step=state.step + 1), {'loss': jnp.float32(value)}
+
+  saved = []
+  state = step.TrainState(jnp.int32(0), {}, {})
+  try:
+    loop.fit(
+      state,
+      fake_step,
+      lambda i: make_batch(1),
+      mesh=make_mesh('data:8'),
+      start_step=0,
+      num_steps=num_steps,
+      on_step=lambda i, m: seen.append(i),
+      save=lambda i, s: saved.append(i),
+      save_every=2,
+    )
+  except loop.NonFiniteLossError as error:
+    return seen, saved, error
+  return seen, saved, None
+
+
+def test_loop_reports_each_step_once_and_saves_the_last():
+  assert fit(5) == ([1, 2, 3, 4, 5], [2, 4, 5], None)
+
+
+def test_a_non_finite_loss_stops_before_it_is_saved():
+  seen, saved, error = fit(5, bad_step=3)
+  assert (seen, saved) == ([1, 2, 3], [2])
+  assert error.step == 4
+  assert 'step 4 is nan' in str(error)
