@@ -16,71 +16,19 @@ T = TypeVar('T')
 MAX_VALUE = 200  # quantities stay small enough for a tiny model to compute with
 
 # Short words: a tokenizer of 512 entries holds most of them whole.
+_MEN = 'Tom Ben Sam Leo Max Dan Ian Ron Ken Ali Ray Jon'
+_WOMEN = 'Ann Mia Eva Zoe Amy Ivy Kim Sue Meg Liz Joy Ada'
+_OBJECTS = (
+  'pens cards books coins eggs stamps shells cakes balls beads toys cups plums pears '
+  'nuts hats keys rings kites stones dolls figs limes pins buns pies masks bells lamps '
+  'apples'
+)
 _PEOPLE = tuple(
-  (name, 'He')
-  for name in (
-    'Tom',
-    'Ben',
-    'Sam',
-    'Leo',
-    'Max',
-    'Dan',
-    'Ian',
-    'Ron',
-    'Ken',
-    'Ali',
-    'Ray',
-    'Jon',
-  )
-) + tuple(
-  (name, 'She')
-  for name in (
-    'Ann',
-    'Mia',
-    'Eva',
-    'Zoe',
-    'Amy',
-    'Ivy',
-    'Kim',
-    'Sue',
-    'Meg',
-    'Liz',
-    'Joy',
-    'Ada',
-  )
+  (name, pronoun)
+  for names, pronoun in ((_MEN, 'He'), (_WOMEN, 'She'))
+  for name in names.split()
 )
-_THINGS = (
-  'pens',
-  'cards',
-  'books',
-  'coins',
-  'eggs',
-  'stamps',
-  'shells',
-  'cakes',
-  'balls',
-  'beads',
-  'toys',
-  'cups',
-  'plums',
-  'pears',
-  'nuts',
-  'hats',
-  'keys',
-  'rings',
-  'kites',
-  'stones',
-  'dolls',
-  'figs',
-  'limes',
-  'pins',
-  'buns',
-  'pies',
-  'masks',
-  'bells',
-  'lamps',
-  'apples',
-)
+_THINGS = tuple(_OBJECTS.split())
 
 
 class Infeasible(Exception):

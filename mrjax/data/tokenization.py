@@ -17,12 +17,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrjax.data.text_stream import CONTEXT_TOKENS, TextStream
 from mrjax.data.tokenizer_backends import (
   Backend,
   FastBackend,
   SentencePieceBackend,
   Span,
 )
+from mrjax.data.tokenizer_training import train_bpe_tokenizer
+
+__all__ = [
+  'Message',
+  'TextStream',
+  'Tokenizer',
+  'load_tokenizer',
+  'train_bpe_tokenizer',
+]
 
 Message = Mapping[str, Any]
 

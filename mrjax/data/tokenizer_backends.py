@@ -53,7 +53,7 @@ class FastBackend:
     self.bos_id = hf_tokenizer.bos_token_id
     self.eos_id = hf_tokenizer.eos_token_id
     self.pad_id = hf_tokenizer.pad_token_id
-    # The post-processor is the one authority: the flags of the config files lie at times.
+    # The post-processor is the authority: flags in config files are not always true.
     probe = hf_tokenizer('a')['input_ids']
     self.adds_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
     template = hf_tokenizer.chat_template
