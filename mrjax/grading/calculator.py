@@ -1,8 +1,8 @@
 """Bounded arithmetic: what a model wrote inside `<<...>>` is computed, never executed.
 
-The grammar is Python's for numbers, parentheses, unary signs and `+ - * / // % **`, with
-Python's precedence and its integer and float results. Size, nesting, exponents and the
-width of integers are bounded, so no text can take long or much memory.
+The grammar is Python's for numbers, parentheses, unary signs and `+ - * / // % **`,
+with Python's precedence and its integer and float results. Size, nesting, exponents and
+the width of integers are bounded, so no text can take long or much memory.
 """
 
 import functools
