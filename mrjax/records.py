@@ -139,6 +139,14 @@ def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Re
     FileNotFoundError: No such file.
     DataError: A bad line, or a file without a single record.
   """
+  for _, record in read_numbered(path, required=required):
+    yield record
+
+
+def read_numbered(
+  path: str | Path, *, required: Sequence[str] = ()
+) -> Iterator[tuple[int, Record]]:
+  """Yields (line number from 1, record): `read_jsonl` for readers with more to check."""
   path = Path(path)
   if path.is_dir():
     raise IsADirectoryError(f'{path} is a directory, want a .jsonl file')
@@ -150,7 +158,7 @@ def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Re
       if not line.strip():
         continue
       found = True
-      yield parse_line(line, path=path, number=number, required=required)
+      yield number, parse_line(line, path=path, number=number, required=required)
   if not found:
     raise DataError(path, 1, 'the file holds no record')
 
