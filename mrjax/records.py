@@ -63,9 +63,8 @@ class Problem:
     values: Record = {}
     for name in ('id', 'question', 'answer', 'solution', 'source'):
       value = record.get(name)
-      if isinstance(value, int | float) and not isinstance(value, bool):
-        if name in ('id', 'answer'):  # numbers are common here in the wild
-          value = str(value)
+      if name in ('id', 'answer') and isinstance(value, int | float):
+        value = value if isinstance(value, bool) else str(value)  # common in the wild
       if value is not None and not isinstance(value, str):
         raise ValueError(
           f'field {name!r} is {type(value).__name__}, want a string: {value!r:.80}'
@@ -128,8 +127,10 @@ def parse_line(
   return record
 
 
-def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Record]:
-  """Yields the records of a JSON Lines file; blank lines are skipped.
+def read_numbered(
+  path: str | Path, *, required: Sequence[str] = ()
+) -> Iterator[tuple[int, Record]]:
+  """Yields (line number, record) of a JSON Lines file; blank lines are skipped.
 
   Args:
     path: The file.
@@ -139,14 +140,6 @@ def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Re
     FileNotFoundError: No such file.
     DataError: A bad line, or a file without a single record.
   """
-  for _, record in read_numbered(path, required=required):
-    yield record
-
-
-def read_numbered(
-  path: str | Path, *, required: Sequence[str] = ()
-) -> Iterator[tuple[int, Record]]:
-  """Yields (line number from 1, record): `read_jsonl` for readers with more to check."""
   path = Path(path)
   if path.is_dir():
     raise IsADirectoryError(f'{path} is a directory, want a .jsonl file')
@@ -161,6 +154,12 @@ def read_numbered(
       yield number, parse_line(line, path=path, number=number, required=required)
   if not found:
     raise DataError(path, 1, 'the file holds no record')
+
+
+def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Record]:
+  """Yields the records of a JSON Lines file, as `read_numbered` does."""
+  for _, record in read_numbered(path, required=required):
+    yield record
 
 
 def dump_line(record: Record) -> str:
@@ -213,7 +212,7 @@ class JsonlAppender:
   def __init__(self, path: str | Path):
     self.path = Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(self.path, 'a+b')
+    self._file = open(self.path, 'a+b')  # noqa: SIM115 (closed by close)
     _drop_half_line(self._file)
 
   def append(self, records: Iterable[Record]) -> int:

@@ -108,7 +108,7 @@ class Tokenizer:
       after = self.render_chat(messages[: i + 1])
       if not text.startswith(after) or not after.startswith(before):
         raise ValueError(
-          f'the chat template does not keep message {i} as it was once the conversation '
+          f'the chat template does not keep message {i} as it was once the chat '
           'goes on, so its tokens cannot be told apart; train on prompt/completion '
           'records with the last turn as completion'
         )
