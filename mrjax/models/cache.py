@@ -64,3 +64,16 @@ def make_cache(
     own_positions_BC=jnp.full((num_rows, num_places), -1, jnp.int32),
     index=jnp.zeros((), jnp.int32),
   )
+
+
+def grow_cache(cache: KVCache, *, num_places: int) -> KVCache:
+  """The same cache with room for `num_places` own tokens a row."""
+  more = num_places - cache.own_positions_BC.shape[1]
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+  return cache.replace(
+    own_k=tuple(map(pad, cache.own_k)),
+    own_v=tuple(map(pad, cache.own_v)),
+    own_positions_BC=jnp.pad(
+      cache.own_positions_BC, ((0, 0), (0, more)), constant_values=-1
+    ),
+  )

@@ -1,0 +1,135 @@
+"""What is asked of the sampling engine, and what it gives back."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mrjax.models.config import DecoderConfig
+
+
+class RequestError(ValueError):
+  """A request that the engine or the model cannot serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+  """How the rows of a request are drawn; see `logits.Controls` for the filters."""
+
+  temperature: float = 1.0  # 0 takes the most likely token at every step
+  top_p: float = 1.0
+  top_k: int = 0  # 0 keeps all
+  min_p: float = 0.0
+  max_new_tokens: int = 256
+  seed: int = 0
+  stop_ids: tuple[int, ...] = ()  # a row ends with the first of these
+
+  def __post_init__(self):
+    if not (math.isfinite(self.temperature) and self.temperature >= 0):
+      raise RequestError(
+        f'temperature is {self.temperature}, want a finite number >= 0.'
+      )
+    if not 0 < self.top_p <= 1:
+      raise RequestError(f'top_p is {self.top_p}, want 0 < top_p <= 1 (1 keeps all).')
+    if self.top_k < 0:
+      raise RequestError(f'top_k is {self.top_k}, want an integer >= 0 (0 keeps all).')
+    if not 0 <= self.min_p <= 1:
+      raise RequestError(f'min_p is {self.min_p}, want 0 <= min_p <= 1 (0 keeps all).')
+    if self.max_new_tokens < 1:
+      raise RequestError(f'max_new_tokens is {self.max_new_tokens}, want at least 1.')
+    if not 0 <= self.seed < 1 << 32:
+      raise RequestError(f'seed is {self.seed}, want 0 <= seed < 2**32.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """`num_samples` rows from one prompt, numbered from `first_sample_index`.
+
+  A row depends on the weights, the prompt, `params`, `problem_id` and its sample index
+  alone: asking for samples 0-7 and then 8-15 gives the rows of asking for 0-15.
+  """
+
+  problem_id: str
+  prompt_ids: tuple[int, ...]
+  num_samples: int = 1
+  params: SamplingParams = SamplingParams()
+  first_sample_index: int = 0
+
+  def __post_init__(self):
+    if not self.prompt_ids:
+      raise RequestError(f'The prompt of {self.problem_id!r} has no tokens.')
+    if self.num_samples < 1:
+      raise RequestError(
+        f'num_samples of {self.problem_id!r} is {self.num_samples}, want at least 1.'
+      )
+    last = self.first_sample_index + self.num_samples
+    if self.first_sample_index < 0 or last > 1 << 32:
+      raise RequestError(
+        f'Sample indices of {self.problem_id!r} run from {self.first_sample_index} to '
+        f'{last - 1}, want 0 <= index < 2**32.'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One finished row.
+
+  `token_ids` ends with the stop id, or with the token that completed a stop string,
+  when `finish_reason` is `stop`; `length` means that `max_new_tokens` cut it.
+  `logprobs` are the model's own (before temperature and filters), `sampling_logprobs`
+  those of the distribution drawn from; one a token, in nats.
+  """
+
+  problem_id: str
+  sample_index: int
+  token_ids: list[int]
+  finish_reason: str
+  logprobs: list[float]
+  sampling_logprobs: list[float]
+  seed: int
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.token_ids)
+
+
+def check_request(request: Request, config: DecoderConfig, *, max_length: int) -> None:
+  """Raises `RequestError` for a prompt the model has no room or no tokens for."""
+  length, new = len(request.prompt_ids), request.params.max_new_tokens
+  if length + new > max_length:
+    raise RequestError(
+      f'The prompt of {request.problem_id!r} has {length} tokens; with '
+      f'max_new_tokens={new} it needs {length + new} positions and the limit is '
+      f'{max_length}. Shorten it, lower max_new_tokens, or allow prompts to be cut.'
+    )
+  what = f'request for {request.problem_id!r}'
+  _check_ids(what, (*request.prompt_ids, *request.params.stop_ids), config)
+
+
+def check_text(
+  number: int, text: Sequence[int], config: DecoderConfig, *, max_length: int
+) -> None:
+  """Raises `RequestError` for a text to score that the model cannot read."""
+  if not 0 < len(text) <= max_length:
+    raise RequestError(
+      f'Text {number} has {len(text)} tokens, want 1 to {max_length}: shorten it or '
+      'leave it out.'
+    )
+  _check_ids(f'text {number}', text, config)
+
+
+def hash_problem_id(problem_id: str) -> np.ndarray:
+  """Two uint32 that stand for the id, the same on every machine."""
+  digest = hashlib.blake2b(problem_id.encode('utf-8'), digest_size=8).digest()
+  return np.frombuffer(digest, '<u4').astype(np.uint32)
+
+
+def _check_ids(what: str, ids: Sequence[int], config: DecoderConfig) -> None:
+  for bad in (min(ids), max(ids)):
+    if not 0 <= bad < config.vocab_size:
+      raise RequestError(
+        f'The {what} holds token id {bad}; the model has ids 0 to '
+        f'{config.vocab_size - 1}. Use the tokenizer the model was trained with.'
+      )
