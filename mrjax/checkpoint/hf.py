@@ -1,0 +1,275 @@
+"""Hugging Face models in and out: streamed to the devices, written shard by shard."""
+
+import functools
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from mrjax import trees
+from mrjax.checkpoint import layout, weights
+from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.safetensors_files import (
+  DTYPE_NAMES,
+  DTYPES,
+  INDEX,
+  SINGLE,
+  SafetensorsReader,
+  TensorSpec,
+  write_safetensors,
+)
+from mrjax.models.config import DecoderConfig
+from mrjax.sharding.rules import param_shardings
+
+PyTree = Any
+# Layers of one leaf are assembled on the devices in pieces of at most this, or one by
+# one where a layer is larger.
+_PIECE_BYTES = 64 << 20
+
+
+def load_hf(
+  directory: str | Path, config: DecoderConfig, mesh: Mesh, *, dtype: Any = None
+) -> PyTree:
+  """Parameters (scanned form) of a Hugging Face model, sharded over `mesh`.
+
+  Each process reads what its own devices hold and nothing else. Beside the shards
+  themselves, host memory holds at most one tensor and some tens of megabytes; the peak
+  is logged.
+
+  Args:
+    directory: Holds `model.safetensors`, or an index and its shards.
+    config: The decoder of the directory's config.json.
+    mesh: Where to.
+    dtype: Dtype of all parameters; None keeps what is stored (layers stored
+      differently are widened to a type that holds them all exactly).
+
+  Raises:
+    FileNotFoundError, CheckpointError: See `SafetensorsReader` and
+      `weights.check_tensors`; found before any weight is read, but for a
+      `lm_head.weight` that differs from its tied embedding.
+    MeshError: A dimension that does not divide over the mesh.
+  """
+  reader = SafetensorsReader(directory)
+  found = {name: spec.shape for name, spec in reader.specs.items()}
+  spare = weights.check_tensors(config, found, where=str(directory))
+  shardings = param_shardings(weights.param_shapes(config), mesh)
+  if weights.TIED_HEAD in spare:
+    _check_tied_head(reader)
+  leaves = {}
+  for rule in weights.rules_for(config):
+    leaves[rule.ours] = _load_leaf(
+      reader, rule, config, trees.flatten(shardings)[rule.ours], dtype
+    )
+  params = trees.unflatten(leaves)
+  logging.info(
+    'Loaded %s: %.3f GB of parameters, peak host memory %.3f GB.',
+    directory,
+    trees.num_bytes(params) / 1e9,
+    peak_host_bytes() / 1e9,
+  )
+  return params
+
+
+def stored_dtypes(directory: str | Path, config: DecoderConfig) -> dict[str, str]:
+  """Tensors of a directory and their dtypes (`BF16`), known buffers left out.
+
+  It is what `save_hf` needs to write the same tensors again, bit for bit.
+  """
+  specs = SafetensorsReader(directory).specs
+  names = (*weights.hf_tensors(config), weights.TIED_HEAD)
+  return {name: specs[name].dtype for name in names if name in specs}
+
+
+def peak_host_bytes() -> int:
+  """The most memory this process has had resident so far, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def save_hf(
+  params: PyTree,
+  config: DecoderConfig,
+  hf_dir: str | Path,
+  output_dir: str | Path,
+  *,
+  dtypes: Mapping[str, str] | None = None,
+  dtype: Any = None,
+  max_shard_bytes: int = 5_000_000_000,
+  overwrite: bool = False,
+) -> None:
+  """Writes a Hugging Face model; nothing is at `output_dir` before everything is.
+
+  Tensors come to the host one at a time and go straight into their file.
+
+  Args:
+    params: Parameter tree in the scanned form, on any mesh.
+    config: Its decoder.
+    hf_dir: Its config.json, tokenizer and their kin are copied byte for byte.
+    output_dir: The new directory.
+    dtypes: What `stored_dtypes` says of the model that `params` came from unchanged;
+      by default every tensor has the dtype of its leaf.
+    dtype: Dtype of every tensor, whatever `dtypes` says.
+    max_shard_bytes: A file is closed before it grows beyond this.
+    overwrite: Replace an `output_dir` that holds a config.json.
+
+  Raises:
+    CheckpointError: `params` are not the weights of `config`.
+    FileExistsError: See `new_directory`.
+  """
+  leaves = trees.flatten(params)
+  found = {name: leaf.shape for name, leaf in leaves.items()}
+  weights.check_leaves(config, found, where='The parameter tree')
+  tensors = weights.hf_tensors(config)
+  if config.tie_embeddings and weights.TIED_HEAD in (dtypes or {}):
+    tensors[weights.TIED_HEAD] = tensors[weights.EMBEDDING]
+  specs = {}
+  for name, entry in tensors.items():
+    kind = DTYPE_NAMES[np.dtype(dtype or leaves[entry.rules[0].ours].dtype)]
+    if dtype is None and dtypes:
+      kind = dtypes.get(name, kind)
+    specs[name] = TensorSpec(kind, entry.shape)
+
+  def tensor(name: str) -> np.ndarray:
+    entry = tensors[name]
+    blocks = [
+      layout.to_hf(rule, config, _to_host(leaves[rule.ours], entry.layer))
+      for rule in entry.rules
+    ]
+    whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return whole.astype(DTYPES[specs[name].dtype], copy=False)
+
+  with new_directory(output_dir, marker='config.json', overwrite=overwrite) as partial:
+    if jax.process_index() == 0:
+      copy_side_files(hf_dir, partial)
+    _write_shards(partial, specs, tensor, max_shard_bytes)
+
+
+def _write_shards(
+  directory: Path,
+  specs: Mapping[str, TensorSpec],
+  tensor: Callable[[str], np.ndarray],
+  max_shard_bytes: int,
+) -> None:
+  shards: list[dict[str, TensorSpec]] = [{}]
+  for name, spec in specs.items():
+    held = sum(other.num_bytes for other in shards[-1].values())
+    if shards[-1] and held + spec.num_bytes > max_shard_bytes:
+      shards.append({})
+    shards[-1][name] = spec
+  files = [SINGLE]
+  if len(shards) > 1:
+    count = len(shards)
+    files = [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
+  first = jax.process_index() == 0
+  for file, shard in zip(files, shards):
+    write_safetensors(directory / file if first else None, shard, tensor)
+  if first and len(shards) > 1:
+    index = {
+      'metadata': {'total_size': sum(spec.num_bytes for spec in specs.values())},
+      'weight_map': {n: file for file, shard in zip(files, shards) for n in shard},
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+
+
+def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
+  part = leaf if layer is None else leaf[layer]
+  if not part.is_fully_addressable:
+    part = multihost_utils.process_allgather(part, tiled=True)
+  return np.asarray(part)
+
+
+def _load_leaf(
+  reader: SafetensorsReader,
+  rule: weights.WeightRule,
+  config: DecoderConfig,
+  sharding: NamedSharding,
+  dtype: Any,
+) -> jax.Array:
+  """One leaf; the layers of a large one are put together on the devices.
+
+  A whole stacked leaf in host memory could be more than an accelerator's host has, and
+  on a CPU would be a second copy. XLA owns every buffer (none aliases NumPy's memory),
+  so that training can donate them.
+  """
+  names = [rule.hf.format(i=i) for i in range(config.num_layers if rule.stacked else 1)]
+  if dtype is None:
+    stored = {DTYPES[reader.specs[name].dtype] for name in names}
+    dtype = functools.reduce(jnp.promote_types, stored)
+  dtype = np.dtype(dtype)
+  one = rule.our_shape(config)
+
+  def piece(names: list[str]) -> jax.Array:
+    lead = (len(names),) if rule.stacked else ()
+
+    def fill(index: tuple[slice, ...], out: np.ndarray) -> None:
+      chosen = names[index[0]] if rule.stacked else names
+      for name, part in zip(chosen, out if rule.stacked else (out,)):
+        read = functools.partial(reader.read, name)
+        layout.read_ours(rule, config, index[len(lead) :], read, part)
+
+    return _fill_devices((*lead, *one), dtype, sharding, fill)
+
+  fits = max(1, _PIECE_BYTES // (math.prod(one) * dtype.itemsize))
+  # A divisor of the number of layers: all pieces then share one compiled update.
+  size = max(n for n in range(1, len(names) + 1) if len(names) % n == 0 and n <= fits)
+  if size == len(names):
+    return piece(names)
+  leaf = jnp.zeros((len(names), *one), dtype, device=sharding)
+  for i in range(0, len(names), size):
+    leaf = _put_layers(leaf, piece(names[i : i + size]), i, sharding=sharding)
+    leaf.block_until_ready()  # one piece in flight, not all of them
+  return leaf
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames='sharding')
+def _put_layers(leaf, layers, i, *, sharding):
+  leaf = jax.lax.dynamic_update_slice_in_dim(leaf, layers, i, 0)
+  return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _fill_devices(
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  sharding: NamedSharding,
+  fill: Callable[[tuple[slice, ...], np.ndarray], None],
+) -> jax.Array:
+  """A sharded array; `fill(index, out)` runs once for each distinct local shard."""
+  homes: dict[tuple, list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape))
+    homes.setdefault(bounds, []).append(device)
+  shards = []
+  for bounds, devices in homes.items():
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    fill(tuple(slice(*bound) for bound in bounds), out)
+    shards += jax.block_until_ready(
+      [jax.device_put(out, device, may_alias=False) for device in devices]
+    )
+    del out  # before the next shard is read
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _check_tied_head(reader: SafetensorsReader) -> None:
+  head, embedding = weights.TIED_HEAD, weights.EMBEDDING
+  same = reader.specs[head] == reader.specs[embedding]
+  num_rows, width = reader.specs[embedding].shape
+  step = max(1, _PIECE_BYTES // (4 * width))
+  for row in range(0, num_rows, step):
+    rows = (slice(row, min(row + step, num_rows)),)
+    if same:
+      same = reader.read(head, rows).tobytes() == reader.read(embedding, rows).tobytes()
+  if not same:
+    raise CheckpointError(
+      f'{reader.directory}: config.json ties the head to the embedding, but {head} '
+      f'differs from {embedding}. Set tie_word_embeddings to false, or remove {head}.'
+    )
