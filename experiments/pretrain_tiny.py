@@ -12,9 +12,9 @@ that the first command makes. Accuracies are in the README.
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from mrjax.runs import pretrain
+from mrjax.runs import cli, pretrain
 
 _D = pretrain.Config
 _SIZE = flags.DEFINE_enum('size', 'tiny-1m', list(pretrain.SIZES), 'Which model.')
@@ -36,8 +36,7 @@ _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace the output directory
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  del argv
   summary = pretrain.run(
     pretrain.Config(
       size=_SIZE.value,
@@ -54,4 +53,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)
