@@ -1,0 +1,279 @@
+"""Problem sources: what a `--data` specification stands for.
+
+    gsm8k:test    math:test    aqua:test    csqa:dev     a local copy, else the hub
+    arithmetic:train?size=2000&seed=0                    generated, offline
+    jsonl:PATH                                           problem records
+    hf:ORG/NAME:SPLIT    tfds:NAME:SPLIT                 columns named by ?question=...
+
+Every source takes `?limit=N`, which keeps the first N problems.
+"""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mrjax.data import arithmetic
+from mrjax.data.public_sets import PUBLIC_SETS, PublicSet
+from mrjax.records import DataError, Problem, Record, read_numbered
+
+__all__ = ['DataSpec', 'Problem', 'load_problems', 'parse_spec']
+
+_ARITHMETIC_KEYS = ('size', 'seed', 'steps', 'form')
+_COLUMN_KEYS = ('id', 'question', 'answer', 'solution', 'options', 'level')
+_KEYS: dict[str, tuple[str, ...]] = {
+  **{name: () for name in PUBLIC_SETS},
+  'arithmetic': _ARITHMETIC_KEYS,
+  'jsonl': (),
+  'hf': ('config', *_COLUMN_KEYS),
+  'tfds': _COLUMN_KEYS,
+}
+SOURCES: tuple[str, ...] = tuple(_KEYS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """A `--data` specification in parts.
+
+  `name` is empty for sources without one, `split` for `jsonl`, whose `name` is a path.
+  """
+
+  source: str
+  name: str
+  split: str
+  options: Mapping[str, str]
+
+
+def parse_spec(spec: str) -> DataSpec:
+  """Returns the parts of `SOURCE[:NAME]:SPLIT[?key=value&...]`.
+
+  Raises:
+    ValueError: An unknown source or key, a key twice or without a value, or a part that
+      is missing. The message lists what there is.
+  """
+  source, colon, rest = spec.partition(':')
+  if source not in _KEYS:
+    raise ValueError(
+      f'--data={spec!r}: no source {source!r}; want one of {", ".join(SOURCES)}, '
+      'e.g. gsm8k:test or jsonl:PATH'
+    )
+  if source == 'jsonl' and Path(rest).exists():  # a path may hold a question mark
+    return DataSpec('jsonl', rest, '', {})
+  rest, _, query = rest.partition('?')
+  if not colon or not rest:
+    wanted = {
+      'jsonl': 'jsonl:PATH',
+      'hf': 'hf:ORG/NAME:SPLIT',
+      'tfds': 'tfds:NAME:SPLIT',
+    }
+    raise ValueError(
+      f'--data={spec!r}: want {wanted.get(source, source + ":SPLIT")}, '
+      'with ?key=value&... behind it where needed'
+    )
+  name, split = '', rest
+  if source == 'jsonl':
+    name, split = rest, ''
+  elif source in ('hf', 'tfds'):
+    name, colon, split = rest.partition(':')
+    if not name or not split:
+      raise ValueError(f'--data={spec!r}: want {source}:NAME:SPLIT')
+  return DataSpec(source, name, split, _parse_options(spec, source, query))
+
+
+def _parse_options(spec: str, source: str, query: str) -> dict[str, str]:
+  allowed = (*_KEYS[source], 'limit')
+  options: dict[str, str] = {}
+  for part in query.split('&') if query else []:
+    key, equals, value = part.partition('=')
+    if key not in allowed:
+      raise ValueError(
+        f'--data={spec!r}: {source} has no key {key!r}, only {", ".join(allowed)}'
+      )
+    if not equals or not value or key in options:
+      raise ValueError(f'--data={spec!r}: want {key}=VALUE, once')
+    options[key] = urllib.parse.unquote(value)
+  return options
+
+
+def load_problems(
+  spec: str, *, data_root: str | Path | None = None, limit: int | None = None
+) -> list[Problem]:
+  """Returns the problems a `--data` specification stands for, in their own order.
+
+  Args:
+    spec: See the module.
+    data_root: Folder with local copies of the public sets and with `tfds` data sets.
+    limit: Keeps the first so many; None keeps all.
+
+  Raises:
+    ValueError: A bad specification, bad records, an id twice, or no problem at all.
+    FileNotFoundError: A set that is neither in `data_root` nor to be had from the hub.
+  """
+  parsed = parse_spec(spec)
+  limits = [limit, _int_option(spec, parsed, 'limit', None)]
+  bounds = [bound for bound in limits if bound is not None]
+  if bounds and min(bounds) < 1:
+    raise ValueError(f'limit={min(bounds)} problems; want at least 1')
+  root = None if data_root is None else Path(data_root)
+  if root is not None and not root.is_dir():
+    raise FileNotFoundError(f'--data_root={root} is no folder')
+  problems = _load(spec, parsed, root)
+  if not problems:
+    raise ValueError(f'--data={spec!r} holds no problem')
+  return problems[: min(bounds)] if bounds else problems
+
+
+def _load(spec: str, parsed: DataSpec, root: Path | None) -> list[Problem]:
+  if parsed.source == 'arithmetic':
+    return _load_arithmetic(spec, parsed)
+  if parsed.source == 'jsonl':
+    return list(_read_jsonl(parsed.name))
+  if parsed.source in PUBLIC_SETS:
+    return _load_public(parsed, PUBLIC_SETS[parsed.source], root)
+  rows: Iterable[Record]
+  if parsed.source == 'hf':
+    rows = load_hub(parsed.name, parsed.options.get('config'), parsed.split)
+  else:
+    from mrjax.data.tfds_problems import read_rows
+
+    rows = read_rows(parsed.name, parsed.split, data_dir=root)
+  prefix = f'{parsed.name}-{parsed.split}'.replace('/', '-')
+  return _from_columns(spec, rows, parsed.options, prefix, source=parsed.name)
+
+
+def _load_arithmetic(spec: str, parsed: DataSpec) -> list[Problem]:
+  steps = parsed.options.get('steps')
+  try:
+    return arithmetic.generate_problems(
+      parsed.split,
+      size=_int_option(spec, parsed, 'size', None),
+      seed=_int_option(spec, parsed, 'seed', 0) or 0,
+      form=parsed.options.get('form', 'open'),
+      steps=(steps and [int(n) for n in steps.replace('+', ',').split(',')]) or None,
+    )
+  except ValueError as error:
+    raise ValueError(f'--data={spec!r}: {error}') from None
+
+
+def _int_option(
+  spec: str, parsed: DataSpec, key: str, default: int | None
+) -> int | None:
+  value = parsed.options.get(key)
+  if value is None:
+    return default
+  try:
+    return int(value)
+  except ValueError:
+    raise ValueError(f'--data={spec!r}: {key}={value!r} is no whole number') from None
+
+
+def _read_jsonl(path: str) -> Iterator[Problem]:
+  lines: dict[str, int] = {}
+  for line, record in read_numbered(path, required=('id', 'question')):
+    try:
+      problem = Problem.from_record(record)
+    except ValueError as error:
+      raise DataError(path, line, str(error)) from None
+    if problem.id in lines:
+      raise DataError(
+        path, line, f'id {problem.id!r} is already that of line {lines[problem.id]}'
+      )
+    lines[problem.id] = line
+    yield problem
+
+
+def _load_public(parsed: DataSpec, kind: PublicSet, root: Path | None) -> list[Problem]:
+  source, split = parsed.source, parsed.split
+  if split not in kind.files:
+    raise ValueError(f'{source} has no split {split!r}, only {", ".join(kind.files)}')
+  files = kind.files[split]
+  local = [root / name for name in files if (root / name).is_file()] if root else []
+  if local:
+    numbered: Iterable[tuple[int, Record]] = read_numbered(local[0])
+    where: Callable[[int], str] = lambda line: f'{local[0]}:{line}'
+  else:
+    repository, configs, hub_split = kind.hub[split]
+    try:
+      rows = [r for c in configs for r in load_hub(repository, c, hub_split)]
+    except FileNotFoundError as error:
+      looked = (
+        f'no {" or ".join(files)} in --data_root={root}'
+        if root
+        else (f'no --data_root was given (a folder with {files[0]})')
+      )
+      raise FileNotFoundError(f'{source}:{split}: {looked}, and {error}') from None
+    numbered = enumerate(rows, start=1)
+    where = lambda line: f'{repository}:{hub_split} row {line - 1}'
+  problems: list[Problem] = []
+  for line, row in numbered:
+    try:
+      problem = kind.convert(row)
+    except (KeyError, ValueError, TypeError) as error:
+      what = f'missing field {error}' if isinstance(error, KeyError) else error
+      raise ValueError(f'{where(line)}: not a {source} record: {what}') from None
+    problems.append(
+      dataclasses.replace(problem, id=f'{source}-{split}-{len(problems)}')
+    )
+  return problems
+
+
+def load_hub(repository: str, config: str | None, split: str) -> Iterable[Record]:
+  """Returns the rows of a data set on the Hugging Face hub.
+
+  Raises:
+    FileNotFoundError: Not there, or the hub cannot be reached.
+    ValueError: No such configuration or split.
+  """
+  import datasets
+
+  try:
+    return datasets.load_dataset(repository, config, split=split)
+  except ValueError as error:  # an unknown config or split; the message lists them
+    raise ValueError(f'{repository}: {error}') from None
+  except Exception as error:  # network libraries raise what they like
+    raise FileNotFoundError(
+      f'the hub did not give {repository!r} ({type(error).__name__}: '
+      f'{str(error)[:160]}); check the name and the network, or use a local copy'
+    ) from None
+
+
+def _from_columns(
+  spec: str,
+  rows: Iterable[Record],
+  columns: Mapping[str, str],
+  prefix: str,
+  source: str,
+) -> list[Problem]:
+  """Returns problems from rows whose columns are named as the fields, or by options."""
+  problems: list[Problem] = []
+  seen: dict[str, int] = {}
+  for number, row in enumerate(rows):
+    values = {name: row.get(columns.get(name, name)) for name in _COLUMN_KEYS}
+    named = {columns[name] for name in _COLUMN_KEYS if name in columns}
+    missing = sorted(named - set(row)) or (
+      [] if values['question'] is not None else [columns.get('question', 'question')]
+    )
+    if missing:
+      raise ValueError(
+        f'--data={spec!r} row {number}: no column {missing}, only {sorted(row)}; name '
+        'them, e.g. ?question=problem'
+      )
+    if values['id'] is None:
+      values['id'] = f'{prefix}-{number}'
+    try:
+      problem = Problem.from_record({'source': source, **values, **_own_source(row)})
+    except ValueError as error:
+      raise ValueError(f'--data={spec!r} row {number}: {error}') from None
+    if problem.id in seen:
+      raise ValueError(
+        f'--data={spec!r} row {number}: id {problem.id!r} is already that of row '
+        f'{seen[problem.id]}'
+      )
+    seen[problem.id] = number
+    problems.append(problem)
+  return problems
+
+
+def _own_source(row: Mapping[str, Any]) -> Record:
+  return {'source': row['source']} if isinstance(row.get('source'), str) else {}
