@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.hardware import describe_hardware
+from experiments.benchmarks.figures import emit
 from mrjax.runs import cli
 from mrjax.runs.common import environment
 
@@ -73,8 +73,10 @@ def main(argv: Sequence[str]) -> None:
     directory = Path(name)
     _prepare(directory)
     contenders = {
-      'mrjax': [sys.executable, '-m', 'experiments.benchmarks.sft', '--contender=mrjax']
-      + [f'--directory={directory}', f'--steps={_STEPS.value}']
+      'mrjax': [
+        *(sys.executable, '-m', 'experiments.benchmarks.sft', '--contender=mrjax'),
+        *(f'--directory={directory}', f'--steps={_STEPS.value}'),
+      ]
     }
     if _PEER_PYTHON.value:
       peer = Path(__file__).with_name('peer_trl_sft.py')
@@ -133,8 +135,8 @@ def _prepare(directory: Path) -> None:
 def _time_mrjax(directory: Path, steps: int) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
-
   from mrjax.checkpoint.source import resolve_model
+
   from mrjax.data.batches import pad_batch
   from mrjax.data.sft import encode_sft, read_sft
   from mrjax.data.tokenization import load_tokenizer
@@ -176,22 +178,18 @@ def _time_mrjax(directory: Path, steps: int) -> dict[str, Any]:
 
 def _report(rates: dict[str, list[float]]) -> None:
   medians = {key: float(np.median(values)) for key, values in rates.items()}
-  line = {
-    'benchmark': 'sft_30m_float32',
-    'data': _DATA.value,
-    'batch_size': BATCH_SIZE,
-    'steps': _STEPS.value,
-    'useful_tokens_per_second': rates,
-    'medians': medians,
-    'hardware': describe_hardware(),
-    'versions': environment()['versions'],
-  }
-  if 'trl' in medians:
-    line['ratio'] = medians['mrjax'] / medians['trl']
-  print(json.dumps(line))
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(line) + '\n')
+  ratio = {'ratio': medians['mrjax'] / medians['trl']} if 'trl' in medians else {}
+  emit(
+    'sft_30m_float32',
+    _OUTPUT.value,
+    data=_DATA.value,
+    batch_size=BATCH_SIZE,
+    steps=_STEPS.value,
+    useful_tokens_per_second=rates,
+    medians=medians,
+    **ratio,
+    versions=environment()['versions'],
+  )
 
 
 if __name__ == '__main__':
