@@ -9,9 +9,9 @@ The files are array_record and need no TensorFlow. Read them back in any command
 
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from mrjax.runs import build_tfds
+from mrjax.runs import build_tfds, cli
 
 _DATA = flags.DEFINE_multi_string(
   'data', [], 'Problems, as [SPLIT=]SPEC; repeat the flag for more splits.'
@@ -30,8 +30,7 @@ _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace a set of that name.'
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  del argv
   summary = build_tfds.run(
     build_tfds.Config(
       data=tuple(_DATA.value),
@@ -47,4 +46,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  cli.run(main)

@@ -115,7 +115,7 @@ def load_problems(
   bounds = [bound for bound in limits if bound is not None]
   if bounds and min(bounds) < 1:
     raise ValueError(f'limit={min(bounds)} problems; want at least 1')
-  root = None if data_root is None else Path(data_root)
+  root = Path(data_root) if data_root else None
   if root is not None and not root.is_dir():
     raise FileNotFoundError(f'--data_root={root} is no folder')
   problems = _load(spec, parsed, root)
@@ -200,7 +200,7 @@ def _load_public(parsed: DataSpec, kind: PublicSet, root: Path | None) -> list[P
       looked = (
         f'no {" or ".join(files)} in --data_root={root}'
         if root
-        else (f'no --data_root was given (a folder with {files[0]})')
+        else f'no --data_root was given (a folder with {files[0]})'
       )
       raise FileNotFoundError(f'{source}:{split}: {looked}, and {error}') from None
     numbered = enumerate(rows, start=1)

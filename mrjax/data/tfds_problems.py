@@ -42,9 +42,11 @@ def _make_builder(
 ) -> Any:
   import tensorflow_datasets as tfds
 
-  # The name of the class decides the folder. It stays out of TFDS's registry: two builds
-  # in one process would meet there.
-  class MrjaxProblems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  # The name of the class decides the folder. It stays out of TFDS's registry, where two
+  # builds of one process would meet.
+  class MrjaxProblems(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+  ):
     """Word problems in mrjax's format."""
 
     # Nothing is downloaded. Left to itself, TFDS looks for a checksum file beside the
@@ -86,8 +88,8 @@ def build(
 ) -> Path:
   """Writes problems as the TFDS data set `mrjax_problems/NAME` and returns its folder.
 
-  The folder appears when it is whole. Read it back with `tfds:mrjax_problems/NAME:SPLIT`
-  and `--data_root=DATA_DIR`.
+  The folder appears when it is whole. Read it with `tfds:mrjax_problems/NAME:SPLIT` and
+  `--data_root=DATA_DIR`.
 
   Args:
     splits: Problems of each split, in order; ids are unique within a split.
@@ -154,8 +156,8 @@ def read_rows(
     source = builder.as_data_source(split)
   except NotImplementedError:
     raise ValueError(
-      f'the TFDS data set {name!r} is stored as {builder.info.file_format}, which needs '
-      'TensorFlow; prepare it with file_format="array_record"'
+      f'the TFDS data set {name!r} is stored as {builder.info.file_format}, which '
+      'needs TensorFlow; prepare it with file_format="array_record"'
     ) from None
   except ValueError as error:
     raise ValueError(f'TFDS data set {name!r}: {error}') from None
