@@ -137,6 +137,31 @@ class MetricsLog:
       self._wandb.finish()
 
 
+def start_processes() -> None:
+  """Joins the other processes of a run over several hosts; call before any device.
+
+  On a TPU VM the slice itself says who the others are. Elsewhere the run has several
+  processes where `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
+  are set. On one machine without these nothing happens.
+  """
+  import jax
+
+  if jax.distributed.is_initialized():
+    return
+  if os.environ.get('JAX_COORDINATOR_ADDRESS'):
+    try:
+      num_processes = int(os.environ['JAX_NUM_PROCESSES'])
+      process_id = int(os.environ['JAX_PROCESS_ID'])
+    except (KeyError, ValueError):
+      raise ValueError(
+        'JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must '
+        'be set to numbers too.'
+      ) from None
+    jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
+  elif Path('/dev/accel0').exists() or Path('/dev/vfio/0').exists():  # a TPU VM
+    jax.distributed.initialize()
+
+
 def resolve_dtype(name: str):
   """`auto` is bfloat16 on TPU and GPU, float32 on a CPU (slow in bfloat16)."""
   import jax

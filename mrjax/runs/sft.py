@@ -99,6 +99,7 @@ def run(config: Config) -> dict[str, Any]:
     `steps`, `loss` of the last step, `checkpoint` (its directory), `num_records`,
     `tokens_per_second` (padding not counted).
   """
+  common.start_processes()
   mesh = make_mesh(config.mesh)
   _check_rows(config, mesh)
   source = resolve_model(config.model)
