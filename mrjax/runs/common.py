@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -158,7 +159,9 @@ def start_processes() -> None:
         'be set to numbers too.'
       ) from None
     jax.distributed.initialize(num_processes=num_processes, process_id=process_id)
-  elif Path('/dev/accel0').exists() or Path('/dev/vfio/0').exists():  # a TPU VM
+  elif importlib.util.find_spec('libtpu') and any(
+    Path(device).exists() for device in ('/dev/accel0', '/dev/vfio/0')
+  ):
     jax.distributed.initialize()
 
 
