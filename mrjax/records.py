@@ -162,9 +162,13 @@ def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Re
     yield record
 
 
-def dump_line(record: Record) -> str:
+def dump_line(record: Record) -> bytes:
   """Returns the record as one line of JSON, newline included; NaN is refused."""
-  return json.dumps(record, ensure_ascii=False, allow_nan=False) + '\n'
+  try:
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+  except UnicodeEncodeError:  # half a surrogate pair: legal in JSON, if escaped
+    line = json.dumps(record, allow_nan=False).encode()
+  return line + b'\n'
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
@@ -187,8 +191,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
 def _replace_atomically(path: Path) -> Iterator[Any]:
   descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
   try:
-    # newline='\n': the same bytes on every platform.
-    with os.fdopen(descriptor, 'w', encoding='utf-8', newline='\n') as file:
+    with os.fdopen(descriptor, 'wb') as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
@@ -218,7 +221,7 @@ class JsonlAppender:
   def append(self, records: Iterable[Record]) -> int:
     """Writes the records, flushes them to disk and returns how many there were."""
     lines = [dump_line(record) for record in records]
-    self._file.write(''.join(lines).encode('utf-8'))
+    self._file.write(b''.join(lines))
     self._file.flush()
     os.fsync(self._file.fileno())
     return len(lines)

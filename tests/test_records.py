@@ -53,6 +53,14 @@ def test_unicode_is_written_as_it_is(tmp_path):
   assert list(read_jsonl(path)) == [{'text': 'é漢🙂\u2028'}]
 
 
+def test_half_a_surrogate_pair_comes_back(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  path.write_bytes(b'{"text": "\\ud800 \xc3\xa9"}\n')
+  rows = list(read_jsonl(path))
+  write_jsonl(path, rows)
+  assert list(read_jsonl(path)) == rows == [{'text': '\ud800 é'}]
+
+
 def test_blank_lines_and_crlf_are_no_records(tmp_path):
   path = tmp_path / 'rows.jsonl'
   path.write_bytes(b'\n{"a": 1}\r\n  \n{"a": 2}')
