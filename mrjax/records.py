@@ -10,11 +10,11 @@ import glob
 import json
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 Record = dict[str, Any]
 
@@ -188,20 +188,16 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
 
 
 @contextlib.contextmanager
-def _replace_atomically(path: Path) -> Iterator[Any]:
-  descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+def _replace_atomically(path: Path) -> Iterator[BinaryIO]:
+  scratch = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
   try:
-    with os.fdopen(descriptor, 'wb') as file:
+    with open(scratch, 'xb') as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private to the user
-    os.replace(name, path)
+    os.replace(scratch, path)
   except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(name)
+    scratch.unlink(missing_ok=True)
     raise
 
 
@@ -244,7 +240,7 @@ class JsonlAppender:
 append_writer = JsonlAppender
 
 
-def _drop_half_line(file: Any, block: int = 1 << 16) -> None:
+def _drop_half_line(file: BinaryIO, block: int = 1 << 16) -> None:
   end = file.seek(0, os.SEEK_END)
   keep = end
   while keep:
