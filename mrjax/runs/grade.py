@@ -3,10 +3,10 @@
 import dataclasses
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mrjax import records
 from mrjax.grading import symbolic
@@ -45,7 +45,7 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
+class Item:
   """A record and where it stands."""
 
   path: Path
@@ -83,11 +83,11 @@ def run(config: Config) -> dict[str, Any]:
   tally = Tally(config.vote, is_equal=rule.is_equal)
   counts_before = _symbolic_counts(rule)
 
-  def grade(item: _Item) -> Record:
+  def grade(item: Item) -> Record:
     return _grade(item, rule, golds, config.problems)
 
   def graded() -> Iterator[Record]:
-    items = _progress(_read(paths, has_problems=bool(golds)))
+    items = read_items(paths, required=('text', 'problem_id' if golds else 'gold'))
     for record in ordered_map(grade, items, rule.num_threads):
       tally.add(record)
       yield record
@@ -137,14 +137,18 @@ def load_golds(problems: str, data_root: str | None) -> dict[str, Gold]:
   return golds
 
 
+_In = TypeVar('_In')
+_Out = TypeVar('_Out')
+
+
 def ordered_map(
-  function: Callable[[_Item], Record], items: Iterable[_Item], num_threads: int
-) -> Iterator[Record]:
+  function: Callable[[_In], _Out], items: Iterable[_In], num_threads: int
+) -> Iterator[_Out]:
   """Yields function(item) in the order of the items, some of them computed ahead."""
   if num_threads == 1:
     yield from map(function, items)
     return
-  pending: deque[Future[Record]] = deque()
+  pending: deque[Future[_Out]] = deque()
   with ThreadPoolExecutor(num_threads) as pool:
     try:
       for item in items:
@@ -157,14 +161,21 @@ def ordered_map(
       pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(paths: list[Path], *, has_problems: bool) -> Iterator[_Item]:
-  required = ('text', 'problem_id') if has_problems else ('text', 'gold')
-  for path in paths:
-    for line, record in records.read_numbered(path, required=required):
-      yield _Item(path, line, record)
+def read_items(paths: Iterable[Path], *, required: Sequence[str]) -> Iterator[Item]:
+  """Yields the records of several files, with a progress bar on a terminal."""
+  items = (
+    Item(path, line, record)
+    for path in paths
+    for line, record in records.read_numbered(path, required=required)
+  )
+  if not sys.stderr.isatty():
+    return items
+  from tqdm import tqdm
+
+  return iter(tqdm(items, unit=' records', desc='grading'))
 
 
-def _grade(item: _Item, rule: Rule, golds: dict[str, Gold], problems: str) -> Record:
+def _grade(item: Item, rule: Rule, golds: dict[str, Gold], problems: str) -> Record:
   record = item.record
   gold: Any = record.get('gold')
   options = record.get('options')
@@ -196,7 +207,7 @@ _TYPES = {
 }
 
 
-def _check_types(item: _Item, record: Record) -> None:
+def _check_types(item: Item, record: Record) -> None:
   for name, kind in _TYPES.items():
     value = record.get(name)
     if value is not None and not isinstance(value, kind):
@@ -215,11 +226,3 @@ def _symbolic_counts(rule: Rule) -> dict[str, int]:
     return {}
   counts = symbolic.default_verifier().counts
   return {'num_timeouts': counts['timeout'], 'num_crashes': counts['crash']}
-
-
-def _progress(items: Iterator[_Item]) -> Iterable[_Item]:
-  if not sys.stderr.isatty():
-    return items
-  from tqdm import tqdm
-
-  return tqdm(items, unit=' records', desc='grading')
