@@ -8,7 +8,7 @@ weights without it must miss the reference, so the case is known to exercise it.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +80,14 @@ LONGROPE = {
 }
 
 
-class Case(NamedTuple):
-  """A model, the length of its text, and what `DecoderConfig` loses for the contrast."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A model, the length of its text, and what is taken away for the contrast."""
 
   architecture: str
-  changes: dict[str, Any] = {}
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   length: int = 19
-  without: dict[str, Any] = {}
+  without: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 NO_WINDOWS = {'layer_windows': (None,) * 3}
@@ -177,8 +178,9 @@ def torch_model(name: str) -> torch.nn.Module:
       noise = torch.randn(p.shape, generator=generator)
       if p.ndim == 2:
         scale = 1.0 if 'embed' in path else p.shape[1] ** -0.5
-        # Large enough for final soft caps to bend the logits.
-        p.copy_(noise * scale * (6.0 if case.architecture == 'Gemma2' else 1.0))
+        # Large scores and logits, or else soft caps would change nothing.
+        large = case.architecture == 'Gemma2' and 'embed' not in path
+        p.copy_(noise * scale * (6.0 if large else 1.0))
       elif 'norm' in path and 'gemma' not in model.config.model_type:
         p.copy_(1.0 + 0.3 * noise)
       else:

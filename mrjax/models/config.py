@@ -88,6 +88,18 @@ class DecoderConfig:
   initializer_range: float = 0.02
 
   def __post_init__(self):
+    for name in (
+      'vocab_size',
+      'hidden_size',
+      'intermediate_size',
+      'num_layers',
+      'num_heads',
+      'num_kv_heads',
+      'head_dim',
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ConfigError(f'{name} is {value!r}, want a positive integer.')
     if self.num_heads % self.num_kv_heads:
       raise ConfigError(
         f'num_attention_heads {self.num_heads} is not a multiple of '
@@ -171,6 +183,11 @@ def _from_hf(cls, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
         f'{num_heads} and config.json gives no head_dim.'
       )
     head_dim = hidden_size // num_heads
+  # The other families read no such field: Qwen 2 always has q, k and v biases and no
+  # output bias, Mistral and Phi-3 have none.
+  attention_bias = family in ('llama', 'qwen3', 'gemma', 'gemma2') and bool(
+    hf.get('attention_bias', False)
+  )
   if family == 'gemma2':
     scale = float(hf.get('query_pre_attn_scalar', 256)) ** -0.5
   else:
@@ -191,8 +208,8 @@ def _from_hf(cls, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
     norm_adds_one=gemma,
     post_norms=family == 'gemma2',
     qk_norm=family == 'qwen3',
-    qkv_bias=family == 'qwen2' or bool(hf.get('attention_bias', False)),
-    output_bias=family != 'qwen2' and bool(hf.get('attention_bias', False)),
+    qkv_bias=family == 'qwen2' or attention_bias,
+    output_bias=attention_bias,
     mlp_bias=family == 'llama' and bool(hf.get('mlp_bias', False)),
     scale_embeddings=gemma,
     attention_scale=scale,
