@@ -95,6 +95,8 @@ def plan_batches(
     max_rows: Most rows of a batch, at least `shards`.
     shards: Devices the rows are split over; groups are never split.
   """
+  if not requests:
+    return []
   size = _group_size(requests, limit=max_rows // shards)
   groups = [
     Group(request, first, min(size, request.num_samples - first))

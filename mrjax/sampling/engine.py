@@ -1,14 +1,13 @@
 """The sampling engine: requests in, completions out as a stream without order."""
 
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mrjax import trees
@@ -17,14 +16,15 @@ from mrjax.models.decoder import Decoder
 from mrjax.sampling import programs
 from mrjax.sampling.batches import Batch, place_buckets, plan_batches, prompt_bucket
 from mrjax.sampling.compiled import CompiledPrograms
-from mrjax.sampling.requests import Completion, Request, check_request, check_text
+from mrjax.sampling.requests import Completion, Request, check_text, fit_requests
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, MeshError, batch_shards
 from mrjax.sharding.rules import param_shardings
 
-# From the token ids of a row to how many of them to keep if it ends there, else None.
-ShouldStop = Callable[[Sequence[int]], int | None]
+# From a request and the tokens of one of its rows to how many of them to keep, if the
+# row ends there, else None.
+ShouldStop = Callable[[Request, Sequence[int]], int | None]
 
-_STEPS_BETWEEN_CHECKS = 32  # of `ShouldStop`, which runs on the host
+STEPS_BETWEEN_CHECKS = 32  # of `ShouldStop`, which runs on the host
 _PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
 
 
@@ -89,23 +89,30 @@ class Engine:
 
     Args:
       requests: All of them are checked before the first is served.
-      should_stop: Called with the tokens of a row while it runs and when it has ended;
-        where it returns a number, at least 1, the row ends with that many tokens and
-        reason `stop`.
+      should_stop: Asked about every row at least every `STEPS_BETWEEN_CHECKS` tokens
+        and when it has ended; where it returns a number, at least 1, the row ends with
+        that many tokens and reason `stop`.
 
     Raises:
       RequestError: A request the model cannot serve.
       FloatingPointError: The model gave a log-probability that is not finite.
     """
-    requests = self._fit(requests)
-    if not requests:
-      return iter(())
-    batches = plan_batches(requests, max_rows=self.max_batch, shards=self._shards)
-    return (
-      completion
-      for batch in batches
-      for completion in self._run_batch(batch, should_stop)
+    return itertools.chain.from_iterable(
+      self.generate_batches(requests, should_stop=should_stop)
     )
+
+  def generate_batches(
+    self, requests: Sequence[Request], *, should_stop: ShouldStop | None = None
+  ) -> Iterator[list[Completion]]:
+    """As `generate`, in lists of rows that came from the device together."""
+    requests = fit_requests(
+      requests,
+      self.config,
+      max_length=self.max_length,
+      truncate_prompts=self.truncate_prompts,
+    )
+    batches = plan_batches(requests, max_rows=self.max_batch, shards=self._shards)
+    return (self._run_batch(batch, should_stop) for batch in batches)
 
   def score(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Each text's log-probabilities, float32 [len(text)] in nats.
@@ -130,32 +137,13 @@ class Engine:
       scores.update(zip(chosen, results, strict=True))
     return [scores[i] for i in range(len(texts))]
 
-  def _fit(self, requests: Sequence[Request]) -> list[Request]:
-    fitting, num_cut = [], 0
-    for request in requests:
-      room = self.max_length - request.params.max_new_tokens
-      if self.truncate_prompts and 0 < room < len(request.prompt_ids):
-        request = dataclasses.replace(request, prompt_ids=request.prompt_ids[-room:])
-        num_cut += 1
-      check_request(request, self.config, max_length=self.max_length)
-      fitting.append(request)
-    if num_cut:
-      logging.warning(
-        '%d of %d prompts were cut at their start to fit, with max_new_tokens, into '
-        '%d positions.',
-        num_cut,
-        len(requests),
-        self.max_length,
-      )
-    return fitting
-
   def _run_batch(
     self, batch: Batch, should_stop: ShouldStop | None
-  ) -> Iterator[Completion]:
+  ) -> list[Completion]:
     buckets = place_buckets(batch.max_new_tokens)
     pauses = set(buckets)
     if should_stop is not None:
-      pauses |= set(range(_STEPS_BETWEEN_CHECKS, buckets[-1], _STEPS_BETWEEN_CHECKS))
+      pauses |= set(range(STEPS_BETWEEN_CHECKS, buckets[-1], STEPS_BETWEEN_CHECKS))
     ends: dict[int, int | None] = {}  # what `should_stop` said of rows that ended
     rows = self._put(batch.row_arrays())
     state = self._start(batch, rows, buckets[0])
@@ -168,7 +156,7 @@ class Engine:
         state = self._end_rows(state, batch, should_stop, ends)
       if not jax.device_get(state.running_B).any():
         break
-    yield from _completions(state, batch, ends)
+    return list(_completions(state, batch, ends))
 
   def _end_rows(self, state, batch: Batch, should_stop: ShouldStop, ends):
     """Asks `should_stop` about every row that had not ended before."""
@@ -176,10 +164,10 @@ class Engine:
       (state.tokens_TB, state.num_tokens_B, state.running_B)
     )
     running_B = running_B.copy()
-    for row, _, _ in batch.rows():
+    for row, request, _ in batch.rows():
       if row in ends:
         continue
-      keep = should_stop(tokens_TB[: num_tokens_B[row], row].tolist())
+      keep = should_stop(request, tokens_TB[: num_tokens_B[row], row].tolist())
       if keep is not None or not running_B[row]:
         ends[row] = keep
         running_B[row] = False

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
 from mrjax.models.config import DecoderConfig
 
@@ -95,17 +96,53 @@ class Completion:
     return len(self.token_ids)
 
 
-def check_request(request: Request, config: DecoderConfig, *, max_length: int) -> None:
-  """Raises `RequestError` for a prompt the model has no room or no tokens for."""
-  length, new = len(request.prompt_ids), request.params.max_new_tokens
-  if length + new > max_length:
-    raise RequestError(
-      f'The prompt of {request.problem_id!r} has {length} tokens; with '
-      f'max_new_tokens={new} it needs {length + new} positions and the limit is '
-      f'{max_length}. Shorten it, lower max_new_tokens, or allow prompts to be cut.'
+def fit_requests(
+  requests: Sequence[Request],
+  config: DecoderConfig,
+  *,
+  max_length: int | None = None,
+  truncate_prompts: bool = False,
+) -> list[Request]:
+  """The requests as the model can serve them.
+
+  Args:
+    requests: What is asked for.
+    config: The model's.
+    max_length: Most tokens of a prompt with its completion; by default as many as the
+      model has positions.
+    truncate_prompts: Cut prompts that are too long at their start, and log how many,
+      rather than refuse them.
+
+  Raises:
+    RequestError: No room for a prompt and its completion, or a token id that the model
+      does not have.
+  """
+  max_length = max_length or config.max_positions
+  fitting, num_cut = [], 0
+  for request in requests:
+    length, new = len(request.prompt_ids), request.params.max_new_tokens
+    room = max_length - new
+    if truncate_prompts and 0 < room < length:
+      request = dataclasses.replace(request, prompt_ids=request.prompt_ids[-room:])
+      num_cut += 1
+    elif length > room:
+      raise RequestError(
+        f'The prompt of {request.problem_id!r} has {length} tokens; with '
+        f'max_new_tokens={new} it needs {length + new} positions and the limit is '
+        f'{max_length}. Shorten it, lower max_new_tokens, or allow truncate_prompts.'
+      )
+    ids = (*request.prompt_ids, *request.params.stop_ids)
+    _check_ids(f'request for {request.problem_id!r}', ids, config)
+    fitting.append(request)
+  if num_cut:
+    logging.warning(
+      '%d of %d prompts were cut at their start to fit, with max_new_tokens, into %d '
+      'positions.',
+      num_cut,
+      len(requests),
+      max_length,
     )
-  what = f'request for {request.problem_id!r}'
-  _check_ids(what, (*request.prompt_ids, *request.params.stop_ids), config)
+  return fitting
 
 
 def check_text(
