@@ -1,8 +1,11 @@
 r"""Every grading rule against the hand-checked cases of its paper's method."""
 
 import json
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mrjax.grading.rules import RULES, GoldError, get_rule, w2s_rule
 
@@ -399,6 +402,36 @@ def test_choice_without_options():
 def test_gold_without_answer_is_refused(rule, gold):
   with pytest.raises(GoldError, match=f'holds no answer for rule {rule!r}'):
     RULES[rule].grade('text', gold, AQUA)
+
+
+FRAGMENTS = (
+  *('The answer is ', 'The answer is: ', '#### ', '####', 'A: ', r'\boxed{', '}', '{'),
+  *('$', '\n', '\n\nQ: ', 'Question: ', '</s>', '%', '=', '>>', '<<', '.', ',', ':'),
+  *(r'\frac', r'\sqrt', r'\text{ ', r'\text{', '(', ')', 'B', 'b)', '1', '23', '0.5'),
+  *('+', '-', '*', '/', ' ', 'x', '\0', '²', '£', '😀', 'boxed', r'\fbox{', '\\'),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=25).map(''.join))
+def test_no_text_breaks_a_rule(text):
+  for rule in RULES.values():
+    extracted = rule.extract(text, AQUA)
+    assert extracted is None or (isinstance(extracted, str) and extracted)
+    if rule.name != 'boxed_symbolic':  # its workers are slow, and tested elsewhere
+      assert (
+        rule.grade(text, '7' if rule.name != 'choice' else 'B', AQUA)[0] == extracted
+      )
+
+
+@pytest.mark.parametrize(
+  'text', ['$' * 50_000, '{' * 50_000, '1,' * 25_000, '#### ' * 9_999]
+)
+def test_long_text_is_graded_quickly(text):
+  start = time.perf_counter()
+  for name, rule in RULES.items():
+    rule.extract(f'The answer is {text} \\boxed{{{text}', AQUA)
+    assert time.perf_counter() - start < 5, name
 
 
 MODELS = ('6b_finetuning', '6b_verification', '175b_finetuning', '175b_verification')

@@ -144,38 +144,41 @@ def test_records(tiny):
     tiny / 'a.jsonl',
     [
       sample('p', 1, ' <<2=2>>\n#### 2 ', correct=False),  # judged here again
-      sample('p', 0, '<<1+1=2>>\n#### 2.00'),
+      sample('p', 0, '<<1+1=2>>\ud800\n#### 2.00'),
       sample('p', 2, '<<1+1=3>>\n#### 2'),  # false annotation
       sample('p', 3, '#### 2.00001', correct=True),  # equal to 1e-4 is not equal
     ],
   )
   summary, records = run(tiny, [tiny / 'a.jsonl'], prompt_template='qa')
-  assert records == [
-    {
-      'prompt': 'Question: P?\nAnswer:',
-      'completion': ' <<1+1=2>>2\n#### 2',
-      'problem_id': 'p',
-      'sample_index': -1,
-    },
-    {
-      'prompt': 'Question: P?\nAnswer:',
-      'completion': ' <<1+1=2>>\n#### 2.00',  # same equations as the human's: stays
-      'problem_id': 'p',
-      'sample_index': 0,
-    },
-    {
-      'prompt': 'Question: P?\nAnswer:',
-      'completion': ' <<2=2>>\n#### 2',
-      'problem_id': 'p',
-      'sample_index': 1,
-    },
-    {
-      'prompt': 'Question: Q?\nAnswer:',
-      'completion': ' <<1+2=3>>3\n#### 3',
-      'problem_id': 'q',
-      'sample_index': -1,
-    },
-  ]
+  assert (
+    records
+    == [
+      {
+        'prompt': 'Question: P?\nAnswer:',
+        'completion': ' <<1+1=2>>2\n#### 2',
+        'problem_id': 'p',
+        'sample_index': -1,
+      },
+      {
+        'prompt': 'Question: P?\nAnswer:',
+        'completion': ' <<1+1=2>>\ud800\n#### 2.00',  # same equations as the human's: stays
+        'problem_id': 'p',
+        'sample_index': 0,
+      },
+      {
+        'prompt': 'Question: P?\nAnswer:',
+        'completion': ' <<2=2>>\n#### 2',
+        'problem_id': 'p',
+        'sample_index': 1,
+      },
+      {
+        'prompt': 'Question: Q?\nAnswer:',
+        'completion': ' <<1+2=3>>3\n#### 3',
+        'problem_id': 'q',
+        'sample_index': -1,
+      },
+    ]
+  )
   assert summary['num_correct'] == 3
   assert summary['num_false_annotations'] == 1
   assert summary['num_questions_unsolved'] == 1

@@ -44,6 +44,12 @@ def test_adds_what_was_found(tmp_path):
   assert summary['pass@1']['value'] == summary['accuracy'] == 1 / 3
 
 
+def test_escaped_characters_are_kept(tmp_path):
+  line = r'{"text": "\ud83d\ude00 \ud800 #### 1", "gold": "1"}'  # half a pair is legal
+  (tmp_path / 'in.jsonl').write_text(line)
+  assert run(tmp_path, None)[1][0]['text'] == '😀 \ud800 #### 1'
+
+
 def sample(problem, index, answer, gold='1', **kwargs):
   text = f'#### {answer}'
   return {'problem_id': problem, 'sample_index': index, 'text': text, 'gold': gold} | (

@@ -38,7 +38,7 @@ class Config:
   prompt_template: str = 'alpaca'  # layout of the records
   tokenizer: str = ''  # for prompt_template 'chat' alone
   rule: str = 'gsm8k_exact'  # what makes a sample correct
-  data_root: str | None = None  # local copies of the data sets of `problems`
+  data_root: str = ''  # local copies of the data sets of `problems`
   overwrite: bool = False  # replace existing outputs
 
   def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class _Question:
     code = set_number << 42 | index << 2 | correct << 1 | (text is not None)
     self.codes.append(code)
     if text is not None:
-      self.texts[code] = text.encode()
+      self.texts[code] = text.encode(errors='surrogatepass')
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
   """
   for path in (config.output, config.stats):
     check_output(path, overwrite=config.overwrite)
-  problems = load_problems(config.problems, data_root=config.data_root)
+  problems = load_problems(config.problems, data_root=config.data_root or None)
   for problem in problems:
     if problem.answer is None and problem.solution is None:
       raise ValueError(f'problem {problem.id!r} of {config.problems} has no answer')
@@ -228,7 +228,7 @@ def _in_order(
       code >> 42,
       code >> 2 & _MAX_INDEX,
       bool(code & 2),
-      question.texts[code].decode() if code & 1 else None,
+      question.texts[code].decode(errors='surrogatepass') if code & 1 else None,
     )
     for code in codes
   ]

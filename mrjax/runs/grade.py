@@ -31,7 +31,7 @@ class Config:
   metrics: str = ''  # the summary as JSON; '' writes none
   vote: str = ''  # '', 'string_first' or 'equivalence'
   problems: str = ''  # problem source with the golds of records that carry none
-  data_root: str | None = None  # local copies of the data sets of `problems`
+  data_root: str = ''  # local copies of the data sets of `problems`
   seed: int = 0  # of the bootstrap and of ties between votes
   overwrite: bool = False  # replace existing outputs
 
@@ -117,7 +117,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
   Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
-def load_golds(problems: str, data_root: str | None) -> dict[str, Gold]:
+def load_golds(problems: str, data_root: str) -> dict[str, Gold]:
   """Returns the references of a problem source by id: answer, else whole solution.
 
   Raises:
@@ -126,7 +126,7 @@ def load_golds(problems: str, data_root: str | None) -> dict[str, Gold]:
   from mrjax.data.problems import load_problems  # heavy sources load on demand
 
   golds = {}
-  for problem in load_problems(problems, data_root=data_root):
+  for problem in load_problems(problems, data_root=data_root or None):
     answer = problem.answer if problem.answer is not None else problem.solution
     if answer is None:
       raise ValueError(
