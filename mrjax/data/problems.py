@@ -12,7 +12,6 @@ import dataclasses
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from mrjax.data import arithmetic
 from mrjax.data.public_sets import PUBLIC_SETS, PublicSet
@@ -21,7 +20,7 @@ from mrjax.records import DataError, Problem, Record, read_numbered
 __all__ = ['DataSpec', 'Problem', 'load_problems', 'parse_spec']
 
 _ARITHMETIC_KEYS = ('size', 'seed', 'steps', 'form')
-_COLUMN_KEYS = ('id', 'question', 'answer', 'solution', 'options', 'level')
+_COLUMN_KEYS = ('id', 'question', 'answer', 'solution', 'source', 'options', 'level')
 _KEYS: dict[str, tuple[str, ...]] = {
   **{name: () for name in PUBLIC_SETS},
   'arithmetic': _ARITHMETIC_KEYS,
@@ -58,7 +57,9 @@ def parse_spec(spec: str) -> DataSpec:
       f'--data={spec!r}: no source {source!r}; want one of {", ".join(SOURCES)}, '
       'e.g. gsm8k:test or jsonl:PATH'
     )
-  if source == 'jsonl' and Path(rest).exists():  # a path may hold a question mark
+  if (
+    source == 'jsonl' and rest and Path(rest).exists()
+  ):  # a path may hold a question mark
     return DataSpec('jsonl', rest, '', {})
   rest, _, query = rest.partition('?')
   if not colon or not rest:
@@ -139,7 +140,7 @@ def _load(spec: str, parsed: DataSpec, root: Path | None) -> list[Problem]:
 
     rows = read_rows(parsed.name, parsed.split, data_dir=root)
   prefix = f'{parsed.name}-{parsed.split}'.replace('/', '-')
-  return _from_columns(spec, rows, parsed.options, prefix, source=parsed.name)
+  return _from_columns(spec, rows, parsed.options, prefix)
 
 
 def _load_arithmetic(spec: str, parsed: DataSpec) -> list[Problem]:
@@ -239,11 +240,7 @@ def load_hub(repository: str, config: str | None, split: str) -> Iterable[Record
 
 
 def _from_columns(
-  spec: str,
-  rows: Iterable[Record],
-  columns: Mapping[str, str],
-  prefix: str,
-  source: str,
+  spec: str, rows: Iterable[Record], columns: Mapping[str, str], prefix: str
 ) -> list[Problem]:
   """Returns problems from rows whose columns are named as the fields, or by options."""
   problems: list[Problem] = []
@@ -262,7 +259,7 @@ def _from_columns(
     if values['id'] is None:
       values['id'] = f'{prefix}-{number}'
     try:
-      problem = Problem.from_record({'source': source, **values, **_own_source(row)})
+      problem = Problem.from_record(values)
     except ValueError as error:
       raise ValueError(f'--data={spec!r} row {number}: {error}') from None
     if problem.id in seen:
@@ -273,7 +270,3 @@ def _from_columns(
     seen[problem.id] = number
     problems.append(problem)
   return problems
-
-
-def _own_source(row: Mapping[str, Any]) -> Record:
-  return {'source': row['source']} if isinstance(row.get('source'), str) else {}
