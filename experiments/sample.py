@@ -1,0 +1,108 @@
+r"""Samples completions of problems, many a problem, resumably.
+
+On a laptop, with the embedded model and problems:
+
+  python -m experiments.sample --model=tiny-1m --data='arithmetic:test?size=100' \
+    --prompt_template=qa --num_samples=8 --temperature=0.7 --output_dir=outputs/samples
+
+On a TPU VM with four chips (not measured yet), two copies of the model:
+
+  python -m experiments.sample --model=meta-llama/Llama-3.2-1B-Instruct \
+    --data=gsm8k:train --prompt_template=chat --num_samples=100 --temperature=0.7 \
+    --max_new_tokens=512 --mesh=data:2,tensor:2 --output_dir=outputs/samples
+
+Run it again with the same flags after it was stopped, and it goes on; rows that are
+there stay as they are. A row depends on the weights, its prompt, --seed, the id of its
+problem and its sample index, not on --mesh, --max_batch, or the other rows.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mrjax.data.prompts import TEMPLATES
+from mrjax.runs import cli, sample
+
+_D = sample.Config
+_FLAGS = (
+  flags.DEFINE_string(
+    'model', None, 'Embedded name, HF directory, hub id or checkpoint.', required=True
+  ),
+  flags.DEFINE_string('tokenizer', _D.tokenizer, "Empty: the model's own."),
+  flags.DEFINE_string(
+    'data', None, 'Problems: NAME:SPLIT[?key=value&...] or jsonl:PATH.', required=True
+  ),
+  flags.DEFINE_string('data_root', _D.data_root, 'Local copies of named data sets.'),
+  flags.DEFINE_integer(
+    'limit', _D.limit, 'Take the first problems; 0: all.', lower_bound=0
+  ),
+  flags.DEFINE_enum(
+    'prompt_template', _D.prompt_template, TEMPLATES, 'Layout of the prompts.'
+  ),
+  flags.DEFINE_string('output_dir', None, 'Directory of the samples.', required=True),
+  flags.DEFINE_string(
+    'mesh', _D.mesh, 'Axis sizes over the devices of a process; -1 takes the rest.'
+  ),
+  flags.DEFINE_enum(
+    'dtype',
+    _D.dtype,
+    ['auto', 'float32', 'bfloat16'],
+    'Of weights, computation and cache; auto is bfloat16 but on a CPU.',
+  ),
+  flags.DEFINE_integer('seed', _D.seed, 'Of all rows.', lower_bound=0),
+  flags.DEFINE_integer(
+    'num_samples', _D.num_samples, 'Completions a problem.', lower_bound=1
+  ),
+  flags.DEFINE_float('temperature', _D.temperature, '0: greedy.', lower_bound=0.0),
+  flags.DEFINE_float(
+    'top_p', _D.top_p, 'Keep the likeliest tokens of this total probability; 1: all.'
+  ),
+  flags.DEFINE_integer('top_k', _D.top_k, 'Keep the k likeliest tokens; 0: all.'),
+  flags.DEFINE_float(
+    'min_p', _D.min_p, 'Keep tokens this likely relative to the likeliest; 0: all.'
+  ),
+  flags.DEFINE_integer(
+    'max_new_tokens', _D.max_new_tokens, 'Longest completion, tokens.', lower_bound=1
+  ),
+  flags.DEFINE_multi_string(
+    'stop',
+    [],
+    r'Strings that end a completion, with commas between or one a flag; \n, \t, \, '
+    r'and \\ stand for a newline, a tab, a comma and a backslash. Not in the text.',
+  ),
+  flags.DEFINE_integer(
+    'max_batch', _D.max_batch, 'Rows that run together.', lower_bound=1
+  ),
+  flags.DEFINE_bool(
+    'logprobs', _D.logprobs, 'Write the log-probabilities of every token too.'
+  ),
+  flags.DEFINE_bool(
+    'truncate_prompts',
+    _D.truncate_prompts,
+    'Cut prompts that are too long at their start; otherwise they are an error.',
+  ),
+  flags.DEFINE_bool('overwrite', _D.overwrite, 'Delete what --output_dir holds.'),
+)
+
+
+def parse_stops(values: Sequence[str]) -> tuple[str, ...]:
+  """The stop strings of all `--stop` flags, escapes resolved."""
+  escapes = {'n': '\n', 't': '\t'}
+  return tuple(
+    re.sub(r'\\(.)', lambda match: escapes.get(match[1], match[1]), part)
+    for value in values
+    for part in re.findall(r'(?:[^,\\]|\\.)+', value)
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
+  values['stop'] = parse_stops(values['stop'])
+  print(sample.run(sample.Config(**values)))
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,240 @@
+"""Samples completions of problems into `samples-*-of-*.jsonl`, resumably by row."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mrjax.checkpoint.source import ModelSource, resolve_model
+from mrjax.data.problems import load_problems
+from mrjax.data.prompts import render_prompt
+from mrjax.data.tokenization import Tokenizer, load_tokenizer
+from mrjax.records import JsonlAppender, Record
+from mrjax.runs import common
+from mrjax.runs.progress import Progress
+from mrjax.runs.sample_shard import (
+  Totals,
+  check_shards,
+  missing_requests,
+  only_writer,
+)
+from mrjax.runs.stops import StopStrings
+from mrjax.sampling.engine import Engine
+from mrjax.sampling.requests import Completion, Request, SamplingParams, fit_requests
+from mrjax.sharding.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One sampling run; all but `mesh` and `max_batch` decide what its rows are."""
+
+  model: str = ''  # embedded name, HF directory, hub id or mrjax checkpoint
+  tokenizer: str = ''  # empty: the model's own
+  data: str = ''  # problems, NAME:SPLIT
+  data_root: str = ''  # directory with local copies of named data sets
+  prompt_template: str = 'raw'
+  output_dir: str = ''
+  mesh: str = 'data:-1,fsdp:1,tensor:1'  # of the devices of each process
+  dtype: str = 'auto'  # of weights, computation and cache
+  seed: int = 0
+  num_samples: int = 1  # a problem
+  temperature: float = 1.0  # 0 is greedy
+  top_p: float = 1.0
+  top_k: int = 0  # 0 keeps all
+  min_p: float = 0.0
+  max_new_tokens: int = 256
+  stop: tuple[str, ...] = ()  # strings that end a completion, beside EOS
+  max_batch: int = 256  # rows that run together
+  limit: int = 0  # problems; 0 takes all
+  logprobs: bool = False  # also write those of every token
+  truncate_prompts: bool = False  # cut long prompts at their start, not refuse them
+  overwrite: bool = False
+
+  def __post_init__(self):
+    for name in ('model', 'data', 'output_dir'):
+      if not getattr(self, name):
+        raise ValueError(f'--{name} is empty; it must be given.')
+    for name in ('num_samples', 'max_batch'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'--{name}={getattr(self, name)}: want at least 1.')
+    if self.limit < 0:
+      raise ValueError(f'--limit={self.limit}: want at least 0 (0 takes all).')
+    if not all(self.stop):
+      raise ValueError('--stop holds an empty string, which would end every row.')
+    self.sampling_params(())
+
+  def sampling_params(self, stop_ids: Sequence[int]) -> SamplingParams:
+    return SamplingParams(
+      temperature=self.temperature,
+      top_p=self.top_p,
+      top_k=self.top_k,
+      min_p=self.min_p,
+      max_new_tokens=self.max_new_tokens,
+      seed=self.seed,
+      stop_ids=tuple(stop_ids),
+    )
+
+
+def run(config: Config) -> dict[str, Any]:
+  """Samples what is not there yet and returns a summary of all rows.
+
+  Several processes share the problems; each has a copy of the model on its own devices
+  and writes its own shard. A run that was stopped goes on where it was, whatever its
+  mesh and `max_batch` were; a finished one is left as it is.
+
+  Returns:
+    `output_dir`, `num_problems`, `num_rows`, `num_new_rows`, `num_tokens` (of all
+    rows), `mean_tokens`, `truncated` (share of rows cut by `max_new_tokens`) and, of
+    the new rows, `tokens_per_second`, `num_programs` and `compile_seconds`.
+
+  Raises:
+    ValueError: What is asked cannot be done; before weights are loaded.
+    OutputError: `output_dir` belongs to something else.
+  """
+  source = resolve_model(config.model)
+  tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
+  tokenizer.check_fits(source.config.vocab_size)
+  requests = fit_requests(
+    make_requests(config, tokenizer),
+    source.config,
+    truncate_prompts=config.truncate_prompts,
+  )
+  common.start_processes()
+  process, count = jax.process_index(), jax.process_count()
+  if process == 0:
+    common.prepare_output_dir(
+      config.output_dir, config, overwrite=config.overwrite, resume=True
+    )
+  if count > 1:
+    multihost_utils.sync_global_devices('mrjax output directory')
+  shard = Path(config.output_dir) / f'samples-{process:05d}-of-{count:05d}.jsonl'
+  check_shards(shard, count)
+  with only_writer(shard), JsonlAppender(shard) as appender:
+    return _run_shard(config, source, tokenizer, requests[process::count], appender)
+
+
+def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:
+  """One request for each problem of `config.data`, its prompt rendered and encoded."""
+  params = config.sampling_params(tokenizer.eos_ids)
+  requests = []
+  for problem in load_problems(
+    config.data, data_root=config.data_root or None, limit=config.limit or None
+  ):
+    prompt = render_prompt(config.prompt_template, problem, tokenizer=tokenizer)
+    ids = tokenizer.encode_prompt(prompt.text, add_bos=prompt.add_bos)
+    requests.append(Request(problem.id, tuple(ids), config.num_samples, params))
+  return requests
+
+
+def _run_shard(
+  config: Config,
+  source: ModelSource,
+  tokenizer: Tokenizer,
+  requests: Sequence[Request],
+  appender: JsonlAppender,
+) -> dict[str, Any]:
+  totals = Totals()
+  missing = list(missing_requests(requests, appender.path, totals))
+  num_old = totals.rows
+  summary: dict[str, Any] = {}
+  if missing:
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    dtype = common.resolve_dtype(config.dtype)
+    engine = Engine(
+      source.config,
+      source.load_params(mesh, dtype=dtype),
+      mesh,
+      dtype=dtype,
+      max_batch=config.max_batch,
+      donate_params=True,
+    )
+    speed = _sample(config, engine, tokenizer, missing, appender, totals)
+    summary = {
+      'tokens_per_second': speed,
+      'num_programs': engine.compiled.count,
+      'compile_seconds': engine.compiled.seconds,
+    }
+  else:
+    logging.info('%s is finished: all %d rows are there.', appender.path, num_old)
+  return {
+    'output_dir': config.output_dir,
+    'num_problems': len(requests),
+    'num_rows': totals.rows,
+    'num_new_rows': totals.rows - num_old,
+    'num_tokens': totals.tokens,
+    'mean_tokens': totals.tokens / max(totals.rows, 1),
+    'truncated': totals.truncated / max(totals.rows, 1),
+  } | summary
+
+
+def _sample(
+  config: Config,
+  engine: Engine,
+  tokenizer: Tokenizer,
+  requests: Sequence[Request],
+  appender: JsonlAppender,
+  totals: Totals,
+) -> float:
+  """Appends the rows of `requests` as they come; returns tokens a second."""
+  prompts = {request.problem_id: request.prompt_ids for request in requests}
+  stops = StopStrings(config.stop, tokenizer) if config.stop else None
+  batches = engine.generate_batches(
+    requests, should_stop=stops.num_tokens_to_keep if stops else None
+  )
+  num_left = sum(request.num_samples for request in requests)
+  first = jax.process_index() == 0
+  log = common.MetricsLog(Path(config.output_dir)) if first else None
+  with Progress(
+    'sample', total=totals.rows + num_left, done=totals.rows, shown=first
+  ) as progress:
+    for completions in batches:
+      records = []
+      for completion in completions:
+        prompt_ids = prompts[completion.problem_id]
+        text = tokenizer.decode_continuation(prompt_ids, completion.token_ids)
+        text = stops.cut(text) if stops else text
+        records.append(_record(completion, text, logprobs=config.logprobs))
+      appender.append(records)
+      for record in records:
+        totals.add(record)
+      num_tokens = sum(record['num_tokens'] for record in records)
+      progress.add(
+        rows=len(records),
+        tokens=num_tokens,
+        compile_seconds=engine.compiled.seconds,
+      )
+      if log:
+        log.write(
+          totals.rows,
+          {
+            'tokens_per_second': progress.tokens_per_second,
+            'mean_tokens': totals.tokens / totals.rows,
+            'truncated': totals.truncated / totals.rows,
+            'compile_seconds': engine.compiled.seconds,
+          },
+        )
+  if log:
+    log.close()
+  return progress.tokens_per_second
+
+
+def _record(completion: Completion, text: str, *, logprobs: bool) -> Record:
+  record: Record = {
+    'problem_id': completion.problem_id,
+    'sample_index': completion.sample_index,
+    'text': text,
+    'token_ids': completion.token_ids,
+    'finish_reason': completion.finish_reason,
+    'logprob_sum': float(np.sum(completion.logprobs, dtype=np.float64)),
+    'num_tokens': completion.num_tokens,
+    'seed': completion.seed,
+  }
+  if logprobs:
+    record['logprobs'] = completion.logprobs
+    record['sampling_logprobs'] = completion.sampling_logprobs
+  return record
