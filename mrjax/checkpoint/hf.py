@@ -59,17 +59,13 @@ def load_hf(
       `lm_head.weight` that differs from its tied embedding.
     MeshError: A dimension that does not divide over the mesh.
   """
-  reader = SafetensorsReader(directory)
-  found = {name: spec.shape for name, spec in reader.specs.items()}
-  spare = weights.check_tensors(config, found, where=str(directory))
-  shardings = param_shardings(weights.param_shapes(config), mesh)
+  reader, spare = _open(directory, config)
+  shardings = trees.flatten(param_shardings(weights.param_shapes(config), mesh))
   if weights.TIED_HEAD in spare:
     _check_tied_head(reader)
   leaves = {}
   for rule in weights.rules_for(config):
-    leaves[rule.ours] = _load_leaf(
-      reader, rule, config, trees.flatten(shardings)[rule.ours], dtype
-    )
+    leaves[rule.ours] = _load_leaf(reader, rule, config, shardings[rule.ours], dtype)
   params = trees.unflatten(leaves)
   logging.info(
     'Loaded %s: %.3f GB of parameters, peak host memory %.3f GB.',
@@ -83,11 +79,12 @@ def load_hf(
 def stored_dtypes(directory: str | Path, config: DecoderConfig) -> dict[str, str]:
   """Tensors of a directory and their dtypes (`BF16`), known buffers left out.
 
-  It is what `save_hf` needs to write the same tensors again, bit for bit.
+  It is what `save_hf` needs to write the same tensors again, bit for bit. Raises what
+  `load_hf` does, from the headers of the files alone.
   """
-  specs = SafetensorsReader(directory).specs
+  reader, _ = _open(directory, config)
   names = (*weights.hf_tensors(config), weights.TIED_HEAD)
-  return {name: specs[name].dtype for name in names if name in specs}
+  return {name: reader.specs[name].dtype for name in names if name in reader.specs}
 
 
 def peak_host_bytes() -> int:
@@ -152,6 +149,14 @@ def save_hf(
     if jax.process_index() == 0:
       copy_side_files(hf_dir, partial)
     _write_shards(partial, specs, tensor, max_shard_bytes)
+
+
+def _open(
+  directory: str | Path, config: DecoderConfig
+) -> tuple[SafetensorsReader, list[str]]:
+  reader = SafetensorsReader(directory)
+  found = {name: spec.shape for name, spec in reader.specs.items()}
+  return reader, weights.check_tensors(config, found, where=str(directory))
 
 
 def _write_shards(

@@ -1,0 +1,154 @@
+"""What `--model` names: where a model's weights, config and tokenizer are."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mrjax import trees
+from mrjax.checkpoint import orbax, weights
+from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.hf import load_hf, stored_dtypes
+from mrjax.models.config import DecoderConfig, load_hf_config
+from mrjax.sharding.rules import param_shardings
+
+PyTree = Any
+_ASSETS = Path(__file__).parents[1] / 'assets'
+_HUB_ID = re.compile(r'[\w][\w.-]*(/[\w][\w.-]*)?')
+# Never code and never pickles.
+_HUB_FILES = ['model*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']
+_HUB_FILES += ['*.tiktoken', 'LICENSE*', 'NOTICE*']
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """A model that was found and not yet loaded.
+
+  Attributes:
+    name: What it was asked for by.
+    hf_dir: Holds config.json and the tokenizer.
+    config: The decoder that config.json describes.
+    params_dir: Orbax directory of the parameters; None where `hf_dir` has safetensors.
+    dtypes: Tensors and dtypes of the Hugging Face model that the weights are, where
+      that is known: what `save_hf` needs for an exact export.
+  """
+
+  name: str
+  hf_dir: Path
+  config: DecoderConfig
+  params_dir: Path | None = None
+  dtypes: Mapping[str, str] | None = None
+
+  def param_shapes(self, dtype: Any) -> PyTree:
+    """The parameter tree (scanned form) as `jax.ShapeDtypeStruct` leaves."""
+    return weights.param_shapes(self.config, dtype)
+
+  def load_params(self, mesh: Mesh, dtype: Any = None) -> PyTree:
+    """Parameters in the scanned form, sharded over `mesh`.
+
+    Args:
+      mesh: Where to.
+      dtype: Dtype of all parameters; None keeps what is stored.
+
+    Raises:
+      CheckpointError, FileNotFoundError: Files that are missing, damaged, or not those
+        of `config`.
+      MeshError: A dimension that does not divide over the mesh.
+    """
+    if self.params_dir is None:
+      return load_hf(self.hf_dir, self.config, mesh, dtype=dtype)
+    stored = orbax.tree_shapes(self.params_dir)
+    found = {name: leaf.shape for name, leaf in stored.items()}
+    weights.check_leaves(self.config, found, where=str(self.params_dir))
+    shardings = param_shardings(weights.param_shapes(self.config), mesh)
+    like = trees.map_named(
+      lambda name, sharding: jax.ShapeDtypeStruct(
+        stored[name].shape, dtype or stored[name].dtype, sharding=sharding
+      ),
+      shardings,
+    )
+    return orbax.load_tree(self.params_dir, like)
+
+
+def resolve_model(name: str) -> ModelSource:
+  """Finds the model that `--model` names.
+
+  Args:
+    name: A directory (Hugging Face model, mrjax model checkpoint, training run, or one
+      step of a run: RUN/checkpoints/STEP), the name of an embedded model, or a
+      Hugging Face hub id, tried in this order.
+
+  Raises:
+    FileNotFoundError: Nothing of that name, or a hub that cannot be reached.
+    CheckpointError, ConfigError: A directory that holds no whole, supported model.
+  """
+  path = Path(name).expanduser()
+  if name and path.is_dir():
+    return _from_directory(name, path)
+  if name and (_ASSETS / name / 'config.json').is_file():
+    return _from_hf(name, _ASSETS / name)
+  if not _HUB_ID.fullmatch(name):
+    raise FileNotFoundError(
+      f'--model={name}: no such directory. Want a Hugging Face model directory, an '
+      'mrjax checkpoint or run, an embedded model '
+      f'({", ".join(embedded_models())}), or a hub id such as org/name.'
+    )
+  return _from_hf(name, _download(name))
+
+
+def embedded_models() -> list[str]:
+  """Names of the models that come with the package, smallest first."""
+  directories = {path.parent for path in _ASSETS.glob('*/config.json')}
+  size = lambda d: sum(path.stat().st_size for path in d.glob('*.safetensors'))
+  return [directory.name for directory in sorted(directories, key=size)]
+
+
+def _from_directory(name: str, path: Path) -> ModelSource:
+  if (path / orbax.MARKER).is_file():
+    facts = orbax.read_marker(path)
+    return ModelSource(
+      name, path / 'hf', _config(path / 'hf'), path / 'params', facts.get('dtypes')
+    )
+  if (path / 'hf').is_dir() and (path / 'checkpoints').is_dir():
+    steps = [int(p.name) for p in (path / 'checkpoints').iterdir() if p.name.isdigit()]
+    if not steps:
+      raise CheckpointError(f'{path} is a training run without a finished checkpoint.')
+    path = path / 'checkpoints' / str(max(steps))
+  run = path.absolute().parent.parent
+  if path.absolute().parent.name == 'checkpoints' and (run / 'hf').is_dir():
+    return ModelSource(name, run / 'hf', _config(run / 'hf'), path / 'params')
+  if not (path / 'config.json').is_file():
+    raise FileNotFoundError(
+      f'--model={name} holds neither config.json (a Hugging Face model), '
+      f'{orbax.MARKER} (an mrjax checkpoint), nor hf/ and checkpoints/ (a training '
+      'run).'
+    )
+  return _from_hf(name, path)
+
+
+def _from_hf(name: str, directory: Path) -> ModelSource:
+  config = _config(directory)
+  return ModelSource(name, directory, config, dtypes=stored_dtypes(directory, config))
+
+
+def _config(hf_dir: Path) -> DecoderConfig:
+  return DecoderConfig.from_hf(load_hf_config(hf_dir))
+
+
+def _download(repo_id: str) -> Path:
+  import huggingface_hub
+
+  try:
+    return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+  except Exception as error:  # many kinds: offline, gated, unknown, disk full
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    raise FileNotFoundError(
+      f'--model={repo_id}: no such directory and no embedded model '
+      f'({", ".join(embedded_models())}), and the Hugging Face hub did not give it: '
+      f'{type(error).__name__}: {reason} Fetch it where there is a network '
+      f'(hf download {repo_id} --local-dir DIR) and pass the directory.'
+    ) from error
