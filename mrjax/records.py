@@ -237,9 +237,6 @@ class JsonlAppender:
     self.close()
 
 
-append_writer = JsonlAppender
-
-
 def _drop_half_line(file: BinaryIO, block: int = 1 << 16) -> None:
   end = file.seek(0, os.SEEK_END)
   keep = end

@@ -208,6 +208,40 @@ def test_a_token_across_the_boundary_is_supervised(bpe):
   assert mask == [False] * (1 + len(tom)) + [True, True]
 
 
+def test_spaces_are_supervised_too(bpe, bpe_folder, tmp_path):
+  """The post-processor of Llama 3 and Qwen cuts spaces off the offsets."""
+  folder = shutil.copytree(bpe_folder, tmp_path / 'llama3')
+  data = json.loads((folder / 'tokenizer.json').read_text())
+  trim = {
+    'type': 'ByteLevel',
+    'add_prefix_space': False,
+    'trim_offsets': True,
+    'use_regex': True,
+  }
+  data['post_processor'] = {
+    'type': 'Sequence',
+    'processors': [trim, data['post_processor']],
+  }
+  (folder / 'tokenizer.json').write_text(json.dumps(data))
+  tokenizer = load_tokenizer(folder)
+  assert tokenizer.adds_bos
+  ids, mask = tokenizer.encode_pair('Q:', '  \n  Tom')
+  assert (ids, mask) == bpe.encode_pair('Q:', '  \n  Tom')
+  assert mask == [False] * 3 + [True] * (len(ids) - 3)
+
+
+def test_offsets_are_of_the_text_before_normalization(bpe_folder, tmp_path):
+  folder = shutil.copytree(bpe_folder, tmp_path / 'qwen')
+  data = json.loads((folder / 'tokenizer.json').read_text())
+  data['normalizer'] = {'type': 'NFC'}
+  (folder / 'tokenizer.json').write_text(json.dumps(data))
+  tokenizer = load_tokenizer(folder)
+  # Two characters of the text become one before they are tokenised.
+  ids, mask = tokenizer.encode_pair('e\u0301e\u0301 ab', ' e\u0301 cd')
+  supervised = [i for i, keep in zip(ids, mask, strict=True) if keep]
+  assert tokenizer.decode(supervised) == ' é cd'
+
+
 @pytest.mark.parametrize('ending', ['', '</s>', '</s></s>'])
 def test_a_completion_ends_with_one_eos(bpe, ending):
   plain = bpe.encode_pair('Q:', ' Tom has 12')
@@ -468,6 +502,12 @@ def test_a_model_too_small_for_the_tokenizer(bpe):
   bpe.check_fits(420)
   with pytest.raises(ValueError, match='ids up to 419, the model only 400'):
     bpe.check_fits(400)
+
+
+def test_text_that_is_no_unicode(bpe, spm_file):
+  for tokenizer in (bpe, load_tokenizer(spm_file)):
+    with pytest.raises(ValueError, match='not valid Unicode'):
+      tokenizer.encode_prompt('a\ud800')
 
 
 def test_missing_and_broken_tokenizers(bpe_folder, tmp_path, monkeypatch):

@@ -196,7 +196,10 @@ class Tokenizer:
     return hashlib.sha256(text.encode()).hexdigest()
 
   def _encode(self, text: str, *, add_bos: bool) -> tuple[list[int], list[Span]]:
-    ids, spans = self._backend.encode(text)
+    try:
+      ids, spans = self._backend.encode(text)
+    except (TypeError, RuntimeError) as error:  # what the bindings raise for bad text
+      raise ValueError(f'cannot tokenise {text!r:.80}: not valid Unicode') from error
     if add_bos and self.adds_bos and ids[:1] != [self.bos_id]:
       assert self.bos_id is not None
       return [self.bos_id, *ids], [(0, 0), *spans]

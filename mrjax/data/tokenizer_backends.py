@@ -56,6 +56,9 @@ class FastBackend:
     # The post-processor is the authority: flags in config files are not always true.
     probe = hf_tokenizer('a')['input_ids']
     self.adds_bos = self.bos_id is not None and probe[:1] == [self.bos_id]
+    # From here on it would only do harm: that of Llama 3 and Qwen cuts spaces off the
+    # offsets, so that a token of spaces would belong to no text at all.
+    self._tokenizer.post_processor = None
     template = hf_tokenizer.chat_template
     self.chat_template = (
       template.get('default') if isinstance(template, dict) else template
