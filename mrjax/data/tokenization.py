@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrjax.data.text_stream import CONTEXT_TOKENS, TextStream
 from mrjax.data.tokenizer_backends import (
   Backend,
   FastBackend,
@@ -35,6 +34,10 @@ __all__ = [
 ]
 
 Message = Mapping[str, Any]
+
+# Tokens of context that decide how the next one is decoded (leading spaces, characters
+# spread over several tokens).
+_CONTEXT_TOKENS = 8
 
 
 class Tokenizer:
@@ -167,22 +170,14 @@ class Tokenizer:
       [int(i) for i in ids], skip_special_tokens=skip_special_tokens
     )
 
-  def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]:
-    """Returns the text of every row."""
-    return [self.decode(ids) for ids in rows]
-
   def decode_continuation(self, prefix: Sequence[int], ids: Sequence[int]) -> str:
     """Returns the text that `ids` add after the ids `prefix`.
 
     Decoding `ids` alone would lose the space that many tokenizers hide in the first
     token of a continuation.
     """
-    context = [int(i) for i in prefix[-CONTEXT_TOKENS:]]
+    context = [int(i) for i in prefix[-_CONTEXT_TOKENS:]]
     return self.decode([*context, *ids])[len(self.decode(context)) :]
-
-  def stream(self, prefix: Sequence[int] = ()) -> TextStream:
-    """Returns a decoder that takes the ids after `prefix` one by one."""
-    return TextStream(self.decode, prefix)
 
   def fingerprint(self) -> str:
     """Returns a SHA-256 of what decides the ids: vocabulary, merges, special tokens."""
