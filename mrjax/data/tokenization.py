@@ -27,7 +27,6 @@ from mrjax.data.tokenizer_training import train_bpe_tokenizer
 
 __all__ = [
   'Message',
-  'TextStream',
   'Tokenizer',
   'load_tokenizer',
   'train_bpe_tokenizer',
