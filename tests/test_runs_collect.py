@@ -150,35 +150,32 @@ def test_records(tiny):
     ],
   )
   summary, records = run(tiny, [tiny / 'a.jsonl'], prompt_template='qa')
-  assert (
-    records
-    == [
-      {
-        'prompt': 'Question: P?\nAnswer:',
-        'completion': ' <<1+1=2>>2\n#### 2',
-        'problem_id': 'p',
-        'sample_index': -1,
-      },
-      {
-        'prompt': 'Question: P?\nAnswer:',
-        'completion': ' <<1+1=2>>\ud800\n#### 2.00',  # same equations as the human's: stays
-        'problem_id': 'p',
-        'sample_index': 0,
-      },
-      {
-        'prompt': 'Question: P?\nAnswer:',
-        'completion': ' <<2=2>>\n#### 2',
-        'problem_id': 'p',
-        'sample_index': 1,
-      },
-      {
-        'prompt': 'Question: Q?\nAnswer:',
-        'completion': ' <<1+2=3>>3\n#### 3',
-        'problem_id': 'q',
-        'sample_index': -1,
-      },
-    ]
-  )
+  assert records == [
+    {
+      'prompt': 'Question: P?\nAnswer:',
+      'completion': ' <<1+1=2>>2\n#### 2',
+      'problem_id': 'p',
+      'sample_index': -1,
+    },
+    {
+      'prompt': 'Question: P?\nAnswer:',
+      'completion': ' <<1+1=2>>\ud800\n#### 2.00',  # the human's path: stays
+      'problem_id': 'p',
+      'sample_index': 0,
+    },
+    {
+      'prompt': 'Question: P?\nAnswer:',
+      'completion': ' <<2=2>>\n#### 2',
+      'problem_id': 'p',
+      'sample_index': 1,
+    },
+    {
+      'prompt': 'Question: Q?\nAnswer:',
+      'completion': ' <<1+2=3>>3\n#### 3',
+      'problem_id': 'q',
+      'sample_index': -1,
+    },
+  ]
   assert summary['num_correct'] == 3
   assert summary['num_false_annotations'] == 1
   assert summary['num_questions_unsolved'] == 1
@@ -273,7 +270,7 @@ def test_problem_without_solution(tiny):
     run(tiny, [tiny / 'a.jsonl'])
   assert len(run(tiny, [tiny / 'a.jsonl'], include_human=False)[1]) == 1
   write_jsonl(tiny / 'problems.jsonl', [{'id': 'p', 'question': '?'}])
-  with pytest.raises(ValueError, match='has no answer'):
+  with pytest.raises(ValueError, match='neither answer nor solution'):
     run(tiny, [tiny / 'a.jsonl'], include_human=False)
 
 

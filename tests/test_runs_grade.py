@@ -122,6 +122,9 @@ def test_joins_golds_by_problem(tmp_path):
   assert [record['correct'] for record in graded] == [True, False]
   assert list(summary['by_level']) == ['1', '2']
   assert summary['by_level']['2']['pass@1']['value'] == 1.0
+  assert 'level 2    100.00%   [100.00%, 100.00%]   pass@1 of 1 problems' in (
+    format_summary(summary)
+  )
 
 
 def test_joins_options(tmp_path):
@@ -275,7 +278,7 @@ def test_command(tmp_path):
   done = command('--rule=gsm8k', *args)
   assert done.returncode == 0, done.stderr
   assert 'gsm8k: 1 of 2 samples correct, 1 problems' in done.stdout
-  assert 'pass@1      50.00%' in done.stdout
+  assert 'pass@1     50.00%' in done.stdout
   again = command('--rule=gsm8k', *args)
   assert again.returncode == 1
   assert again.stderr.startswith('error: ') and again.stderr.count('\n') == 1

@@ -161,17 +161,13 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     f'{summary["num_correct"]:,} of {summary["num_samples"]:,} samples correct, '
     f'{summary["num_problems"]:,} problems'
   ]
-
-  def estimates(values: Mapping[str, Any], label: str) -> None:
-    for name, value in values.items():
-      if isinstance(value, Mapping) and 'low' in value:
-        mean, low, high = (100 * value[key] for key in ('value', 'low', 'high'))
-        lines.append(f'{label}{name:<10} {mean:6.2f}%   [{low:.2f}, {high:.2f}]')
-
-  estimates(summary, '  ')
+  lines += [f'  {name:<10} {text}' for name, text in _percentages(summary).items()]
   for level, values in summary.get('by_level', {}).items():
-    lines.append(f'  level {level} ({values["num_problems"]:,} problems)')
-    estimates(values, '    ')
+    name = f'level {level}'
+    lines.append(
+      f'  {name:<10} {_percentages(values)["pass@1"]}   '
+      f'pass@1 of {values["num_problems"]:,} problems'
+    )
   if 'mean_length' in summary:
     lines.append(f'  mean length {summary["mean_length"]:.1f} tokens')
   if 'truncation_rate' in summary:
@@ -182,3 +178,12 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     if summary.get(name):
       lines.append(f'  {name} {summary[name]} (graded as incorrect)')
   return '\n'.join(lines)
+
+
+def _percentages(summary: Mapping[str, Any]) -> dict[str, str]:
+  """Returns '12.34%   [10.00, 15.00]' by the name of the estimate."""
+  return {
+    name: '{value:6.2%}   [{low:6.2%}, {high:6.2%}]'.format(**value)
+    for name, value in summary.items()
+    if isinstance(value, Mapping) and 'low' in value
+  }

@@ -15,7 +15,7 @@ from mrjax.grading.rules import get_rule
 from mrjax.methods import rft
 from mrjax.records import DataError, Record
 from mrjax.runs.common import write_json
-from mrjax.runs.grade import Item, check_output, ordered_map, read_items
+from mrjax.runs.grade import Gold, Item, check_output, golds_of, ordered_map, read_items
 
 _HUMAN = -1  # the sample index of a reference solution
 
@@ -105,9 +105,8 @@ def run(config: Config) -> dict[str, Any]:
   for path in (config.output, config.stats):
     check_output(path, overwrite=config.overwrite)
   problems = load_problems(config.problems, data_root=config.data_root or None)
+  golds = golds_of(problems, config.problems)
   for problem in problems:
-    if problem.answer is None and problem.solution is None:
-      raise ValueError(f'problem {problem.id!r} of {config.problems} has no answer')
     if config.include_human and problem.solution is None:
       raise ValueError(
         f'problem {problem.id!r} of {config.problems} has no solution; '
@@ -115,7 +114,7 @@ def run(config: Config) -> dict[str, Any]:
       )
   tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
   check_template(config.prompt_template, tokenizer)
-  questions = _read_samples(config, problems)
+  questions = _read_samples(config, golds)
   statistics = rft.Statistics(_seeds(questions.values()), config.sample_sets)
 
   def selected() -> Iterator[Record]:
@@ -169,26 +168,24 @@ def _select(
     yield record(texts[index].strip(), place)
 
 
-def _read_samples(config: Config, problems: list[Problem]) -> dict[str, _Question]:
+def _read_samples(config: Config, golds: dict[str, Gold]) -> dict[str, _Question]:
   """Reads and grades all samples; keeps the texts that may be selected."""
   rule = get_rule(config.rule)
-  by_id = {problem.id: problem for problem in problems}
-  questions = {problem.id: _Question() for problem in problems}
+  questions = {key: _Question() for key in golds}
 
   def grade(item: Item) -> tuple[str, int, bool, str | None]:
     record = item.record
     key, index, text = (record[name] for name in _REQUIRED)
-    problem = by_id.get(key) if isinstance(key, str) else None
-    if problem is None:
+    gold = golds.get(key) if isinstance(key, str) else None
+    if gold is None:
       what = f'problem_id {key!r:.80} is not in --problems={config.problems}'
     elif type(index) is not int or not 0 <= index <= _MAX_INDEX:  # True is no index
       what = f'sample_index {index!r:.80} is not a whole number >= 0'
     elif not isinstance(text, str):
       what = f'text {text!r:.80} is not a string'
     else:
-      gold = problem.answer if problem.answer is not None else problem.solution or ''
       try:
-        correct = rule.grade(text, gold, problem.options)[1]
+        correct = rule.grade(text, gold.answer, gold.options)[1]
       except ValueError as error:
         raise DataError(item.path, item.line, str(error)) from None
       keep = correct and (not config.checks_annotations or all_equations_hold(text))

@@ -13,7 +13,7 @@ from mrjax.grading import symbolic
 from mrjax.grading.rules import RULES, Rule, get_rule
 from mrjax.grading.tally import Tally
 from mrjax.grading.votes import VOTES
-from mrjax.records import DataError, Record
+from mrjax.records import DataError, Problem, Record
 from mrjax.runs.common import OutputError, write_json
 
 
@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
     check_output(path, overwrite=config.overwrite)
   rule = get_rule(config.rule)
   paths = records.expand_inputs(config.input)
-  golds = load_golds(config.problems, config.data_root) if config.problems else {}
+  golds = _load_golds(config.problems, config.data_root)
   tally = Tally(config.vote, is_equal=rule.is_equal)
   counts_before = _symbolic_counts(rule)
 
@@ -117,24 +117,30 @@ def check_output(path: str, *, overwrite: bool) -> None:
   Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
-def load_golds(problems: str, data_root: str) -> dict[str, Gold]:
-  """Returns the references of a problem source by id: answer, else whole solution.
+def golds_of(problems: Iterable[Problem], source: str) -> dict[str, Gold]:
+  """Returns the references of problems by id: the answer, else the whole solution.
 
   Raises:
-    ValueError: A problem has neither.
+    ValueError: A problem has neither; `source` is for the message.
   """
-  from mrjax.data.problems import load_problems  # heavy sources load on demand
-
   golds = {}
-  for problem in load_problems(problems, data_root=data_root or None):
+  for problem in problems:
     answer = problem.answer if problem.answer is not None else problem.solution
     if answer is None:
       raise ValueError(
-        f'problem {problem.id!r} of {problems} has neither answer nor solution, so its '
+        f'problem {problem.id!r} of {source} has neither answer nor solution, so its '
         'samples cannot be graded'
       )
     golds[problem.id] = Gold(answer, problem.options, problem.level)
   return golds
+
+
+def _load_golds(problems: str, data_root: str) -> dict[str, Gold]:
+  if not problems:
+    return {}
+  from mrjax.data.problems import load_problems  # its sources are slow to import
+
+  return golds_of(load_problems(problems, data_root=data_root or None), problems)
 
 
 _In = TypeVar('_In')
