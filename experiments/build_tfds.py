@@ -1,4 +1,4 @@
-"""Builds a TensorFlow Datasets data set from problems of any source.
+r"""Builds a TensorFlow Datasets data set from problems of any source.
 
     python -m experiments.build_tfds --data=arithmetic:train --data=arithmetic:test \
       --data=dev=jsonl:my_problems.jsonl --name=mine --output_dir=tfds_data
