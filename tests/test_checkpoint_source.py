@@ -162,7 +162,7 @@ def test_weights_and_config_that_do_not_belong_together(hf_dir, run_dir):
 
 
 def test_loading_reports_the_peak(hf_dir, caplog):
-  with caplog.at_level('INFO', logger='absl'):
+  with caplog.at_level('INFO'):
     params = source.resolve_model(str(hf_dir)).load_params(one_device())
   assert 'peak host memory' in caplog.text
   assert np.isfinite(np.asarray(params['final_norm']['scale'])).all()

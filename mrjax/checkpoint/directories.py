@@ -37,6 +37,20 @@ def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:
   return names
 
 
+def check_replaceable(path: str | Path, *, marker: str, overwrite: bool) -> None:
+  """Raises FileExistsError where `new_directory` would, before any work is done."""
+  path = Path(path)
+  if path.exists() and not overwrite:
+    raise FileExistsError(
+      f'{path} exists already. Choose another output, or pass --overwrite.'
+    )
+  if path.exists() and not (path / marker).is_file():
+    raise FileExistsError(
+      f'{path} is not replaced: it holds no {marker}, so it is no output of this '
+      'command. Choose another output.'
+    )
+
+
 @contextlib.contextmanager
 def new_directory(
   path: str | Path, *, marker: str, overwrite: bool = False
@@ -57,15 +71,7 @@ def new_directory(
     FileExistsError: `path` is there and may not be replaced.
   """
   path = Path(os.path.abspath(path))
-  if path.exists() and not overwrite:
-    raise FileExistsError(
-      f'{path} exists already. Choose another output, or pass --overwrite.'
-    )
-  if path.exists() and not (path / marker).is_file():
-    raise FileExistsError(
-      f'{path} is not replaced: it holds no {marker}, so it is no output of this '
-      'command. Choose another output.'
-    )
+  check_replaceable(path, marker=marker, overwrite=overwrite)
   partial = path.with_name(f'.{path.name}.partial')
   first = jax.process_index() == 0
   if first:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 import resource
 import sys
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 

@@ -93,7 +93,7 @@ def resolve_model(name: str) -> ModelSource:
     return _from_hf(name, _ASSETS / name)
   if not _HUB_ID.fullmatch(name):
     raise FileNotFoundError(
-      f'--model={name}: no such directory. Want a Hugging Face model directory, an '
+      f'Model {name!r}: no such directory. Want a Hugging Face model directory, an '
       'mrjax checkpoint or run, an embedded model '
       f'({", ".join(embedded_models())}), or a hub id such as org/name.'
     )
@@ -123,7 +123,7 @@ def _from_directory(name: str, path: Path) -> ModelSource:
     return ModelSource(name, run / 'hf', _config(run / 'hf'), path / 'params')
   if not (path / 'config.json').is_file():
     raise FileNotFoundError(
-      f'--model={name} holds neither config.json (a Hugging Face model), '
+      f'Model {name!r} holds neither config.json (a Hugging Face model), '
       f'{orbax.MARKER} (an mrjax checkpoint), nor hf/ and checkpoints/ (a training '
       'run).'
     )
@@ -147,7 +147,7 @@ def _download(repo_id: str) -> Path:
   except Exception as error:  # many kinds: offline, gated, unknown, disk full
     reason = (str(error).splitlines() or [repr(error)])[0]
     raise FileNotFoundError(
-      f'--model={repo_id}: no such directory and no embedded model '
+      f'Model {repo_id!r}: no such directory and no embedded model '
       f'({", ".join(embedded_models())}), and the Hugging Face hub did not give it: '
       f'{type(error).__name__}: {reason} Fetch it where there is a network '
       f'(hf download {repo_id} --local-dir DIR) and pass the directory.'

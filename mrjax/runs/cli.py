@@ -15,6 +15,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """
   # Without this, every start on a machine without a TPU says that it has none.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
+  # Orbax logs some thirty lines a checkpoint; only its warnings are for the user.
+  absl_logging.get_absl_logger().addFilter(
+    lambda record: record.levelno > logging.INFO or '/orbax/' not in record.pathname
+  )
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
