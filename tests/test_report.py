@@ -500,16 +500,14 @@ def _dump_dom(page: Path, address: str, scratch: Path) -> str:
 
 def test_in_a_browser(tmp_path):
   graded = [_sample(p, i) for p in range(5) for i in range(4)]
-  graded[4]['text'] = f'needle {_HOSTILE[0]} {_HOSTILE[1]}'
+  graded[6]['text'] = f'needle {_HOSTILE[0]} {_HOSTILE[1]}'
   losses = [(step, 1 / step) for step in range(1, 20)]
   _write_run(tmp_path / 'a', graded=graded, losses=losses)
   page = _make(f'a={tmp_path / "a"},b={tmp_path / "a"}', tmp_path)
   output = tmp_path / 'out' / 'report.html'
-  dom = _dump_dom(
-    output, 'run=b&show=mixed&find=NEEDLE&sample=0&question=p-1', tmp_path
-  )
+  dom = _dump_dom(output, 'run=b&show=mixed&find=NEEDLE', tmp_path)
   assert len(re.findall('class="row"', dom)) == 1
-  assert '<mark>needle</mark>' in dom
+  assert '<mark>needle</mark>' in dom and '>Sample 2<' in dom
   assert '&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;' in dom
   assert '<img' not in dom
   for chart in ('pass', 'maj', 'losses', 'lengths'):

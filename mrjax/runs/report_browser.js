@@ -58,18 +58,21 @@
     return lowered;
   }
 
-  function matches(run, question, found) {
-    if (!state.find) return true;
+  // The first sample that holds what is searched for; 0 where the question itself does,
+  // -1 where nothing does.
+  function firstMatch(run, question) {
+    if (!state.find) return 0;
     const needle = state.find.toLowerCase();
     const low = searchable();
     if (low.id[question].includes(needle) || low.text[question].includes(needle)
-        || low.gold[question].includes(needle)) return true;
-    for (let i = found.start; i < found.start + found.count; i++) {
+        || low.gold[question].includes(needle)) return 0;
+    const { start, count } = run.groups.get(question);
+    for (let i = start; i < start + count; i++) {
       const answer = run.samples.answer[i];
       if (low.texts[run.samples.text[i]].includes(needle)
-          || (answer >= 0 && low.answers[answer].includes(needle))) return true;
+          || (answer >= 0 && low.answers[answer].includes(needle))) return i - start;
     }
-    return false;
+    return -1;
   }
 
   const sorts = () => {
@@ -82,7 +85,7 @@
       const change = (sign) => (q) => (other.groups.has(q)
         ? sign * (share(run, q) - share(other, q)) : Infinity);
       table[`gain-${other.number}`] = [`largest gain over ${other.name}`, change(-1)];
-      table[`loss-${other.number}`] = [`largest loss to ${other.name}`, change(1)];
+      table[`drop-${other.number}`] = [`largest drop from ${other.name}`, change(1)];
     }
     return table;
   };
@@ -93,7 +96,7 @@
     const matching = new Map(); // question -> the filter it passes
     const counts = { all: 0, right: 0, mixed: 0, wrong: 0 };
     for (const [question, found] of run.groups) {
-      if (!matches(run, question, found)) continue;
+      if (firstMatch(run, question) < 0) continue;
       const kind = kindOf(found);
       matching.set(question, kind);
       counts.all++;
@@ -107,7 +110,7 @@
     if (key) shown = shown.map((q) => [key(q), q]).sort((a, b) => a[0] - b[0]).map(([, q]) => q);
     if (!shown.includes(state.question)) {
       state.question = shown.length ? shown[0] : -1;
-      state.sample = 0;
+      state.sample = shown.length ? firstMatch(run, state.question) : 0;
     }
     drawTools(table, counts);
     select(state.question, state.sample);
@@ -167,7 +170,7 @@
     }
     const row = element('div', { class: 'row', role: 'option', id: `row-${question}`,
       'aria-selected': question === state.question,
-      onclick: () => select(question, 0) },
+      onclick: () => open(question) },
     element('span', { class: 'place' }, String(question + 1)),
     element('span', { class: 'snippet' }, text.slice(0, 240)), score);
     row.style.transform = `translateY(${number * ROW_HEIGHT}px)`;
@@ -189,9 +192,10 @@
     saveAddress();
   }
 
+  const open = (question) => select(question, firstMatch(runs[state.run], question));
   const move = (offset) => {
     const number = shown.indexOf(state.question) + offset;
-    if (number >= 0 && number < shown.length) select(shown[number], 0);
+    if (number >= 0 && number < shown.length) open(shown[number]);
   };
   const moveSample = (offset) => {
     const next = state.sample + offset;
@@ -232,7 +236,7 @@
         step('Previous', -1, number > 0), step('Next', 1, number < shown.length - 1)),
       element('p', { class: 'question', dir: 'auto' },
         ...marked(questions.text[question] || 'The run does not tell its text.')),
-      ...options(question), summary(question), chips(), sampleCard(question));
+      ...options(question), summary(question), ...chips(), sampleCard(question));
   }
 
   function options(question) {
@@ -282,14 +286,17 @@
           graded ? ` ${right} / ${size}` : ` ${size} samples`);
         })));
     }
-    box.append(element('span', { class: 'label' }, 'Answers'),
-      element('div', { class: 'answers' }, ...rows));
+    if (count > 1) {
+      box.append(element('span', { class: 'label' }, 'Answers'),
+        element('div', { class: 'answers' }, ...rows));
+    }
     return box;
   }
 
   function chips() {
     const { samples } = runs[state.run];
     const { start, count } = group();
+    if (count === 1) return [];
     const box = element('div', { class: count > 32 ? 'chips dense' : 'chips' });
     for (let i = 0; i < count; i++) {
       const mark = samples.mark[start + i];
@@ -300,7 +307,7 @@
         title: `Sample ${samples.index[start + i]}: ${WORDS[mark]}, ${label}` },
       icon(mark), element('span', {}, label)));
     }
-    return box;
+    return [box];
   }
 
   function sampleCard(question) {

@@ -192,7 +192,7 @@ def _estimates_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     for kind in ('pass', 'maj')
     for k in sorted({k for run in rated for k, *_ in accuracy_by_k(run, kind)})
   ]
-  if len(names) < 2:
+  if not any(name.startswith('pass@') and name != 'pass@1' for name in names):
     return None
   rows = [
     {'label': name, 'cells': [_cell(run.metrics.get(name)) for run in rated]}
