@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mrjax.checkpoint.orbax import CheckpointStore
 from mrjax.checkpoint.source import ModelSource, resolve_model
+from mrjax.checkpoint.weights import param_shapes
 from mrjax.data.batches import pad_batch
 from mrjax.data.order import batch_indices, epoch_of
 from mrjax.data.problems import load_problems
@@ -115,9 +117,13 @@ def run(config: Config) -> dict[str, Any]:
   num_steps = config.num_steps or max(
     1, round(config.num_epochs * len(examples) / config.batch_size)
   )
-  output_dir = common.prepare_output_dir(
-    config.output_dir, config, overwrite=config.overwrite, resume=True
-  )
+  output_dir = Path(config.output_dir)
+  if jax.process_index() == 0:
+    common.prepare_output_dir(
+      output_dir, config, overwrite=config.overwrite, resume=True
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('mrjax output directory')
   with CheckpointStore(
     output_dir, hf_dir=source.hf_dir, keep_last=config.keep_last
   ) as store:
@@ -243,35 +249,39 @@ def _train(
 
 def _initial_state(config, source, tx, mesh, store, start, position):
   """The state to start from, and where its leaves live."""
-  if start:
-    saved = store.metadata(start)
-    changed = [
-      f'{name}: was {saved.get(name)!r}, now {value!r}'
-      for name, value in position.items()
-      if saved.get(name) != value
-    ]
-    if changed:
-      raise common.OutputError(
-        f'{config.output_dir} was trained on other data ({"; ".join(changed)}). Choose '
-        'another --output_dir, or pass --overwrite to start again.'
-      )
-    shapes = source.param_shapes(jnp.float32)
-    shardings = step.state_shardings(shapes, tx, mesh)
-    logging.info('Resuming %s after step %d.', config.output_dir, start)
-    items = store.restore(
-      start,
-      {
-        'params': _abstract(shapes, shardings.params),
-        'opt_state': _abstract(jax.eval_shape(tx.init, shapes), shardings.opt_state),
-      },
-    )
-    state = step.TrainState(jnp.asarray(start, jnp.int32), **items)
-  else:
-    params = source.load_params(mesh, jnp.float32)
+  if not start:
+    params = source.load_params(mesh, dtype=jnp.float32)
     shardings = step.state_shardings(jax.eval_shape(lambda: params), tx, mesh)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
-    state = step.TrainState(jnp.zeros((), jnp.int32), params, opt_state)
-  return state.replace(step=jax.device_put(state.step, shardings.step)), shardings
+    return _state(start, params, opt_state, shardings), shardings
+  saved = store.metadata(start)
+  changed = [
+    f'{name}: was {saved.get(name)!r}, now {value!r}'
+    for name, value in position.items()
+    if saved.get(name) != value
+  ]
+  if changed:
+    raise common.OutputError(
+      f'{config.output_dir} was trained on other data ({"; ".join(changed)}). Choose '
+      'another --output_dir, or pass --overwrite to start again.'
+    )
+  logging.info('Resuming %s after step %d.', config.output_dir, start)
+  shapes = param_shapes(source.config, jnp.float32)
+  shardings = step.state_shardings(shapes, tx, mesh)
+  opt_shapes = jax.eval_shape(tx.init, shapes)
+  items = store.restore(
+    start,
+    {
+      'params': _abstract(shapes, shardings.params),
+      'opt_state': _abstract(opt_shapes, shardings.opt_state),
+    },
+  )
+  return _state(start, items['params'], items['opt_state'], shardings), shardings
+
+
+def _state(done: int, params, opt_state, shardings) -> step.TrainState:
+  number = jax.device_put(jnp.asarray(done, jnp.int32), shardings.step)
+  return step.TrainState(number, params, opt_state)
 
 
 def _abstract(shapes, shardings):
