@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import re
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ from mrjax.sharding.rules import param_shardings
 PyTree = Any
 # Layers of one leaf are assembled on the devices in pieces of at most this, or one by
 # one where a layer is larger.
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 32 << 20
 
 
 def load_hf(
@@ -64,7 +65,9 @@ def load_hf(
   if weights.TIED_HEAD in spare:
     _check_tied_head(reader)
   leaves = {}
-  for rule in weights.rules_for(config):
+  # The embedding and the head need a whole tensor on the host, so they come first,
+  # while there is little else.
+  for rule in sorted(weights.rules_for(config), key=lambda rule: rule.stacked):
     leaves[rule.ours] = _load_leaf(reader, rule, config, shardings[rule.ours], dtype)
   params = trees.unflatten(leaves)
   logging.info(
@@ -89,6 +92,11 @@ def stored_dtypes(directory: str | Path, config: DecoderConfig) -> dict[str, str
 
 def peak_host_bytes() -> int:
   """The most memory this process has had resident so far, in bytes."""
+  status = Path('/proc/self/status')
+  if status.exists():  # unlike rusage, it does not count the parent before exec
+    match = re.search(r'VmHWM:\s*(\d+) kB', status.read_text())
+    if match:
+      return int(match[1]) * 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
 
