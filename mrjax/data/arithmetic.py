@@ -9,14 +9,14 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mrjax.data.stories import Draws, Step, Story
 from mrjax.data.story_plots import make_story
 from mrjax.records import Problem
 
 # How often a problem has 1, 2, ... 6 steps.
-STEP_WEIGHTS: dict[int, float] = {1: 25, 2: 27, 3: 22, 4: 14, 5: 8, 6: 4}
+STEP_WEIGHTS: dict[int, float] = {1: 12, 2: 18, 3: 20, 4: 20, 5: 17, 6: 13}
 FORMS = ('open', 'choice', 'boxed')
 DEFAULT_SIZES = {'train': 2000, 'dev': 500, 'test': 500}
 
@@ -47,6 +47,7 @@ def generate_problems(
   seed: int = 0,
   form: str = 'open',
   steps: Sequence[int] | None = None,
+  step_weights: Mapping[int, float] | None = None,
 ) -> list[Problem]:
   """Returns `size` distinct problems of a split; the same ones for the same arguments.
 
@@ -58,7 +59,9 @@ def generate_problems(
     seed: Another seed draws other problems of the same split.
     form: 'open' (GSM8K: the last line is `#### n`), 'choice' (AQuA: five options, the
       last line is `#### B`) or 'boxed' (MATH: the last line is `\\boxed{n}`).
-    steps: Numbers of steps wanted, each 1 to 6; None is all, by `STEP_WEIGHTS`.
+    steps: Numbers of steps wanted, each 1 to 6; None is all.
+    step_weights: How often each number of steps comes; None is `STEP_WEIGHTS`. With
+      others `distinct_solutions` does not find the problems again.
 
   Raises:
     ValueError: An unknown split or form, a bad number, or more problems asked for than
@@ -72,7 +75,7 @@ def generate_problems(
   for number in itertools.count():
     if len(problems) == size:
       return problems
-    story = _story(seed, number, steps)
+    story = _story(seed, number, steps, step_weights or STEP_WEIGHTS)
     if story.question in seen or split_of(story.question) != split:
       misses += 1
       if misses > _MAX_MISSES:
@@ -101,7 +104,7 @@ def distinct_solutions(problem: Problem) -> Iterator[str]:
   if not match:
     raise ValueError(f'{problem.id!r} is not the id of a generated arithmetic problem')
   steps = match['steps'] and tuple(int(n) for n in match['steps'].split('+'))
-  story = _story(int(match['seed']), int(match['number']), steps or None)
+  story = _story(int(match['seed']), int(match['number']), steps or None, STEP_WEIGHTS)
   if not problem.question.startswith(story.question):
     raise ValueError(
       f'{problem.id!r} does not ask this question: {problem.question!r:.80}'
@@ -134,9 +137,14 @@ def _check(
     raise ValueError(f'steps={list(steps)}; want numbers from 1 to {max(STEP_WEIGHTS)}')
 
 
-def _story(seed: int, number: int, steps: Sequence[int] | None) -> Story:
+def _story(
+  seed: int,
+  number: int,
+  steps: Sequence[int] | None,
+  step_weights: Mapping[int, float],
+) -> Story:
   draws = Draws(f'mrjax arithmetic {seed} {number}')
-  weights = {n: w for n, w in STEP_WEIGHTS.items() if steps is None or n in steps}
+  weights = {n: w for n, w in step_weights.items() if steps is None or n in steps}
   return make_story(draws, draws.weighted(weights))
 
 
