@@ -1,0 +1,292 @@
+"""Training and sampling compile for a TPU slice, and lower for GPUs, without either.
+
+XLA's TPU compiler comes with `libtpu` and needs no TPU: it compiles for the devices of
+a described topology. No weights are made; arguments are shapes with shardings.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import math
+import multiprocessing
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mrjax import trees
+from mrjax.checkpoint.weights import param_shapes
+from mrjax.models.config import DecoderConfig
+from mrjax.models.decoder import Decoder, unstack_layers
+from mrjax.runs import sft
+from mrjax.sampling import programs
+from mrjax.sampling.batches import plan_batches
+from mrjax.sampling.requests import Request, SamplingParams
+from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards, make_mesh
+from mrjax.sharding.rules import param_shardings
+from mrjax.training import optimizer, step
+
+TOPOLOGY = 'v5e:2x4'
+NUM_CHIPS = 8
+CHIP_BYTES = 15.75 * 2**30  # what XLA may use of the 16 GB of a v5e
+
+
+class Case(NamedTuple):
+  hf_config: dict[str, Any]
+  train_mesh: str
+  train_shape: tuple[int, int]  # rows, tokens a row
+  remat: str
+  sample_mesh: str
+  padding: float  # most by which tiles of 8 x 128 numbers may swell what is stored
+
+
+CASES = {
+  'tiny-1m': Case(
+    {
+      'architectures': ['LlamaForCausalLM'],
+      'vocab_size': 512,
+      'hidden_size': 128,
+      'intermediate_size': 384,
+      'num_hidden_layers': 4,
+      'num_attention_heads': 4,
+      'num_key_value_heads': 4,
+      'tie_word_embeddings': False,
+    },
+    train_mesh='fsdp:4,tensor:2',
+    train_shape=(16, 256),
+    remat='none',
+    sample_mesh='data:8',
+    padding=2.1,  # heads of 32
+  ),
+  'llama-3.2-1b': Case(
+    {
+      'architectures': ['LlamaForCausalLM'],
+      'vocab_size': 128256,
+      'hidden_size': 2048,
+      'intermediate_size': 8192,
+      'num_hidden_layers': 16,
+      'num_attention_heads': 32,
+      'num_key_value_heads': 8,
+      'head_dim': 64,
+      'max_position_embeddings': 131072,
+      'rope_theta': 500000.0,
+      'rope_scaling': {
+        'rope_type': 'llama3',
+        'factor': 32.0,
+        'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 8192,
+      },
+      'tie_word_embeddings': True,
+    },
+    train_mesh='fsdp:8',
+    train_shape=(8, 1024),
+    remat='full',
+    sample_mesh='data:4,tensor:2',
+    padding=1.02,
+  ),
+}
+NUM_PROMPTS, NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 256, 128
+
+
+class Program(NamedTuple):
+  """A jitted function, the mesh it runs on and the shapes it is compiled for."""
+
+  jitted: Any
+  args: tuple
+  mesh: Mesh
+
+
+class Memory(NamedTuple):
+  """What the compiler says a program needs, bytes on one device."""
+
+  arguments: int
+  outputs: int
+  reused: int  # outputs that are written over arguments
+  temporary: int
+  peak: int
+
+
+def on(shardings, shapes):
+  """The shapes, each with where it lives."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def sft_state(config: DecoderConfig, tx):
+  return jax.eval_shape(
+    lambda params: step.init_state(params, tx), param_shapes(config)
+  )
+
+
+def make_tx():
+  return optimizer.make_optimizer(optimizer.OptimizerConfig(), lambda _: 1e-5)
+
+
+def sft_step(name: str, devices=None) -> Program:
+  """The step of `experiments.train_sft`: bfloat16 compute on float32 weights."""
+  case = CASES[name]
+  mesh = make_mesh(case.train_mesh, devices)
+  config = DecoderConfig.from_hf(case.hf_config)
+  decoder = Decoder(config, dtype=jnp.bfloat16, remat=case.remat)
+  tx = make_tx()
+  state = sft_state(config, tx)
+  shardings = step.state_shardings(state.params, tx, mesh)
+  by_row = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+  dtypes = {'tokens': jnp.int32, 'segments': jnp.int32, 'loss_mask': jnp.bool_}
+  batch = {
+    key: jax.ShapeDtypeStruct((1, *case.train_shape), dtype, sharding=by_row)
+    for key, dtype in dtypes.items()
+  }
+  jitted = jax.jit(
+    functools.partial(step.train_step, loss_fn=sft.make_loss_fn(decoder), tx=tx),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  return Program(jitted, (on(shardings, state), batch), mesh)
+
+
+def prefill(name: str, devices=None) -> Program:
+  """The engine's first program: reads prompts, draws a first token for every row."""
+  case = CASES[name]
+  mesh = make_mesh(case.sample_mesh, devices)
+  config = DecoderConfig.from_hf(case.hf_config)
+  decoder = Decoder(config, dtype=jnp.bfloat16, scan_layers=False)
+  weights = jax.eval_shape(
+    lambda params: unstack_layers(params, config.num_layers),
+    param_shapes(config, jnp.bfloat16),
+  )
+  controls = SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=NEW_TOKENS)
+  prompt = (1,) * PROMPT_TOKENS
+  [batch] = plan_batches(
+    [Request(str(i), prompt, NUM_SAMPLES, controls) for i in range(NUM_PROMPTS)],
+    max_rows=NUM_PROMPTS * NUM_SAMPLES,
+    shards=batch_shards(mesh),
+  )
+  inputs = batch.prompt_array(), batch.row_arrays()
+  by_row = jax.tree.map(lambda _: NamedSharding(mesh, BATCH), inputs)
+  args = (on(param_shardings(weights, mesh), weights), *on(by_row, inputs))
+  start = functools.partial(programs.start, decoder, num_places=NEW_TOKENS)
+  with jax.set_mesh(mesh):
+    shardings = programs.state_shardings(jax.eval_shape(start, *args), mesh)
+  return Program(jax.jit(start, out_shardings=shardings), args, mesh)
+
+
+def decode(name: str, devices=None) -> Program:
+  """The engine's main program: draws tokens until all rows have ended."""
+  first = prefill(name, devices)
+  weights, _, rows = first.args
+  with jax.set_mesh(first.mesh):
+    state = jax.eval_shape(first.jitted, *first.args)
+  shardings = programs.state_shardings(state, first.mesh)
+  decoder = Decoder(
+    DecoderConfig.from_hf(CASES[name].hf_config), dtype=jnp.bfloat16, scan_layers=False
+  )
+  jitted = jax.jit(
+    functools.partial(programs.go_on, decoder),
+    out_shardings=shardings,
+    donate_argnums=1,
+  )
+  until = jax.ShapeDtypeStruct((), jnp.int32)
+  return Program(jitted, (weights, on(shardings, state), rows, until), first.mesh)
+
+
+def weight_bytes(name: str) -> int:
+  """Bytes of all weights in bfloat16."""
+  config = DecoderConfig.from_hf(CASES[name].hf_config)
+  return trees.num_bytes(param_shapes(config, jnp.bfloat16))
+
+
+# One process for all compilations. libtpu is never loaded into a test process: it
+# takes over signals, and a fault in it ends the process.
+@pytest.fixture(scope='module')
+def compiler():
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip(
+      'needs the TPU compiler: make tpu-compile, or '
+      "pip install -c constraints.txt -e '.[tpu-compile]'"
+    )
+  with concurrent.futures.ProcessPoolExecutor(
+    max_workers=1,
+    mp_context=multiprocessing.get_context('spawn'),
+    initializer=prepare_compiler,
+  ) as pool:
+    yield lambda build, name: pool.submit(compile_for_tpu, build, name).result()
+
+
+def prepare_compiler() -> None:
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # there is no TPU VM to ask about itself
+  # Another process on this machine may compile too; no chip is taken by it.
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  jax.config.update('jax_platforms', 'cpu')
+
+
+def compile_for_tpu(build, name: str) -> Memory:
+  devices = topologies.get_topology_desc(TOPOLOGY, 'tpu').devices
+  assert len(devices) == NUM_CHIPS
+  assert devices[0].platform == 'tpu'
+  program = build(name, devices)
+  with jax.set_mesh(program.mesh):
+    memory = program.jitted.lower(*program.args).compile().memory_analysis()
+  return Memory(
+    arguments=memory.argument_size_in_bytes,
+    outputs=memory.output_size_in_bytes,
+    reused=memory.alias_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    peak=memory.peak_memory_in_bytes,
+  )
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_sft_step_compiles_for_a_slice(compiler, name):
+  memory = compiler(sft_step, name)
+  config = DecoderConfig.from_hf(CASES[name].hf_config)
+  # Weights and both moments are split over all chips: only vectors are whole on each.
+  state_bytes = trees.num_bytes(sft_state(config, make_tx()))
+  assert state_bytes == pytest.approx(6 * weight_bytes(name), rel=1e-5)
+  batch_bytes = math.prod(CASES[name].train_shape) * (4 + 4 + 1) / NUM_CHIPS
+  split = state_bytes / NUM_CHIPS + batch_bytes
+  assert split < memory.arguments < CASES[name].padding * split
+  # The new state is written over the old one.
+  assert memory.reused > 0.99 * memory.outputs
+  assert memory.peak < CHIP_BYTES
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_prefill_compiles_for_a_slice(compiler, name):
+  memory = compiler(prefill, name)
+  # A copy of the weights on each data shard, split over tensor, and small inputs.
+  split = weight_bytes(name) / make_mesh(CASES[name].sample_mesh).shape['tensor']
+  assert split < memory.arguments < CASES[name].padding * split
+  assert memory.peak < CHIP_BYTES
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_decode_compiles_for_a_slice(compiler, name):
+  memory = compiler(decode, name)
+  # The cache is updated where it lies.
+  assert memory.reused > 0.99 * memory.outputs
+  # Nothing is gathered or copied for the loop that is as large as weights or cache: a
+  # token reads each of them once and moves activations alone between chips.
+  assert memory.temporary < 0.1 * memory.arguments
+  assert memory.peak < CHIP_BYTES
+
+
+@pytest.mark.parametrize('build', [sft_step, prefill, decode])
+@pytest.mark.parametrize('name', CASES)
+def test_the_same_programs_lower_for_gpus(build, name):
+  program = build(name)
+  with jax.set_mesh(program.mesh):
+    exported = jax.export.export(program.jitted, platforms=['cuda'])(*program.args)
+  assert exported.platforms == ('cuda',)
+  assert exported.nr_devices == NUM_CHIPS
+  # Every argument is split in the exported program as it is here.
+  given = jax.tree.leaves(program.args)
+  for x, sharding in zip(given, exported.in_shardings_jax(program.mesh), strict=True):
+    if x.sharding is not None:
+      assert sharding.is_equivalent_to(x.sharding, x.ndim)
