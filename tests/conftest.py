@@ -1,10 +1,12 @@
 """Every test sees eight emulated CPU devices."""
 
+import os
 from pathlib import Path
 
 import jax
 import pytest
 
+os.environ['JAX_PLATFORMS'] = 'cpu'  # for the commands that tests start
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
