@@ -9,6 +9,7 @@ bit for bit.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -30,7 +31,7 @@ _FLAGS = (
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  values = {flag.name: flag.value for flag in _FLAGS}
+  values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
   summary = convert.import_hf(convert.ImportConfig(**values))
   print(
     f'{summary["output_dir"]}: {summary["num_params"]:,} weights, peak host memory '

@@ -9,6 +9,7 @@ the tokenizer are those that the model came with, byte for byte.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -33,7 +34,7 @@ _FLAGS = (
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  values = {flag.name: flag.value for flag in _FLAGS}
+  values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
   summary = convert.export_hf(convert.ExportConfig(**values))
   print(
     f'{summary["output_dir"]}: {summary["num_params"]:,} weights, peak host memory '

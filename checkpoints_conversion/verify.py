@@ -11,6 +11,7 @@ they do not. --checkpoint may also be the Hugging Face directory itself.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -34,9 +35,8 @@ _FLAGS = (
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  faults = comparison.run(
-    comparison.Config(**{flag.name: flag.value for flag in _FLAGS})
-  )
+  values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
+  faults = comparison.run(comparison.Config(**values))
   for fault in faults:
     print(f'error: {fault}', file=sys.stderr)
   if faults:

@@ -80,16 +80,15 @@ def write_checkpoint(directory: Path, shape: str) -> None:
       files.append({})
     files[-1][name] = spec
   rng = np.random.default_rng(0)
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for i, specs in enumerate(files):
     file = f'model-{i + 1:05d}-of-{len(files):05d}.safetensors'
-    write_safetensors(
-      directory / file,
-      specs,
-      lambda name, specs=specs: rng.standard_normal(
-        specs[name].shape, np.float32
-      ).astype(DTYPES['BF16']),
-    )
+
+    def random_tensor(name: str, specs=specs) -> np.ndarray:
+      values = rng.standard_normal(specs[name].shape, np.float32)
+      return values.astype(DTYPES['BF16'])
+
+    write_safetensors(directory / file, specs, random_tensor)
     weight_map |= dict.fromkeys(specs, file)
   (directory / INDEX).write_text(json.dumps({'weight_map': weight_map}))
 

@@ -11,8 +11,10 @@ from jax.experimental import multihost_utils
 
 # What a Hugging Face directory holds beside its weights: config, tokenizer, template,
 # generation defaults, licence. Never code.
-_SIDE_FILES = ('*.json', '*.jinja', '*.model', '*.txt', '*.tiktoken')
-_SIDE_FILES += ('LICENSE*', 'NOTICE*', 'additional_chat_templates/*.jinja')
+_SIDE_FILES = (
+  *('*.json', '*.jinja', '*.model', '*.txt', '*.tiktoken', 'LICENSE*', 'NOTICE*'),
+  'additional_chat_templates/*.jinja',
+)
 
 
 class CheckpointError(ValueError):

@@ -259,7 +259,7 @@ def _fill_devices(
   """A sharded array; `fill(index, out)` runs once for each distinct local shard."""
   homes: dict[tuple, list[jax.Device]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape))
+    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape))
     homes.setdefault(bounds, []).append(device)
   shards = []
   for bounds, devices in homes.items():
