@@ -17,6 +17,7 @@ checkpoint. --model of the other commands accepts --output_dir.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -88,7 +89,8 @@ _FLAGS = (
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  summary = sft.run(sft.Config(**{flag.name: flag.value for flag in _FLAGS}))
+  values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
+  summary = sft.run(sft.Config(**values))
   print(summary)
 
 

@@ -43,7 +43,7 @@ _DIRECTORY = flags.DEFINE_string('directory', '', 'Used by itself: model and dat
 
 BATCH_SIZE = 8
 _WARMUP_STEPS = 2
-_MODEL = {
+_MODEL: dict[str, Any] = {
   'architectures': ['LlamaForCausalLM'],
   'model_type': 'llama',
   'vocab_size': 8192,
@@ -135,8 +135,8 @@ def _prepare(directory: Path) -> None:
 def _time_mrjax(directory: Path, steps: int) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
-  from mrjax.checkpoint.source import resolve_model
 
+  from mrjax.checkpoint.source import resolve_model
   from mrjax.data.batches import pad_batch
   from mrjax.data.sft import encode_sft, read_sft
   from mrjax.data.tokenization import load_tokenizer

@@ -32,7 +32,7 @@ class LayerInputs(NamedTuple):
   cos: jax.Array
   sin: jax.Array
   positions_BT: jax.Array
-  segments_BT: jax.Array | None
+  segments_BT: jax.Array
 
 
 class Linear(nn.Module):
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
       dtype=self.dtype,
       embedding_init=nn.initializers.normal(c.initializer_range),
     )
-    layer = DecoderLayer
+    layer: Any = DecoderLayer
     if self.remat == 'full':
       layer = nn.remat(layer, prevent_cse=not self.scan_layers)
     elif self.remat != 'none':
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
         f'remat {self.remat!r} is unknown; want one of {REMAT_POLICIES}.'
       )
     if self.scan_layers:
-      self.layers = nn.scan(
+      self.layers: Any = nn.scan(
         layer,
         variable_axes={'params': 0},
         split_rngs={'params': True},

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mrjax import records
+
 _PACKAGES = (
   'mrjax',
   'jax',
@@ -73,13 +75,17 @@ def prepare_output_dir(
 
 def environment() -> dict[str, Any]:
   """Package versions, git commit, device kind and command line of this process."""
-  versions = {}
+  versions: dict[str, str | None] = {}
   for name in _PACKAGES:
     try:
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
-  facts = {'command': sys.argv, 'versions': versions, 'git_commit': _git_commit()}
+  facts: dict[str, Any] = {
+    'command': sys.argv,
+    'versions': versions,
+    'git_commit': _git_commit(),
+  }
   if 'jax' in sys.modules:  # text-only runs never load jax
     import jax
 
@@ -104,14 +110,31 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class MetricsLog:
-  """`metrics.jsonl` (always), TensorBoard and, where asked, Weights & Biases."""
+  """`metrics.jsonl` (always), TensorBoard and, where asked, Weights & Biases.
 
-  def __init__(self, directory: Path, *, tensorboard: bool = False, wandb: str = ''):
+  Lines of steps after `start_step`, which a run that was killed has written and now
+  does again, are dropped: every step stands in the file once.
+  """
+
+  def __init__(
+    self,
+    directory: Path,
+    *,
+    start_step: int = 0,
+    tensorboard: bool = False,
+    wandb: str = '',
+  ):
     from tensorboardX import SummaryWriter
 
-    self._file = (directory / 'metrics.jsonl').open('a', encoding='utf-8')
+    path = directory / 'metrics.jsonl'
+    with records.JsonlAppender(path):  # drops half a line
+      pass
+    if path.stat().st_size:
+      kept = [r for r in records.read_jsonl(path) if r['step'] <= start_step]
+      records.write_jsonl(path, kept)
+    self._file = records.JsonlAppender(path)
     self._board = SummaryWriter(str(directory / 'tensorboard')) if tensorboard else None
-    self._wandb = None
+    self._wandb: Any = None
     if wandb:
       try:
         import wandb as wandb_module
@@ -122,8 +145,7 @@ class MetricsLog:
       self._wandb = wandb_module.init(project=wandb, dir=str(directory))
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    self._file.write(json.dumps({'step': step} | dict(metrics)) + '\n')
-    self._file.flush()
+    self._file.append([{'step': step} | dict(metrics)])
     if self._board:
       for name, value in metrics.items():
         self._board.add_scalar(name, value, step)
@@ -191,7 +213,7 @@ def _check_same(path: Path, fields: dict[str, Any]) -> None:
     raise OutputError(
       f'{config_path} is damaged. Choose another --output_dir.'
     ) from None
-  ignored = {'overwrite', 'output_dir', 'mesh'}  # where it runs may change
+  ignored = {'overwrite', 'output_dir', 'mesh', 'max_batch'}  # where it runs may change
   changed = [
     f'{name}: was {old.get(name)!r}, now {fields.get(name)!r}'
     for name in sorted((old.keys() | fields.keys()) - ignored)

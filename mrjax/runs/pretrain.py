@@ -16,14 +16,16 @@ import numpy as np
 
 from mrjax.checkpoint.hf import save_hf
 from mrjax.data import arithmetic
+from mrjax.data.batches import pad_batch
 from mrjax.data.prompts import render_completion, render_prompt
+from mrjax.data.sft import Example
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.data.tokenizer_training import train_bpe_tokenizer
-from mrjax.losses.tokens import cross_entropy
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.records import Problem
 from mrjax.runs import common
+from mrjax.runs.sft import make_loss_fn
 from mrjax.sharding.mesh import make_mesh
 from mrjax.sharding.rules import born_sharded
 from mrjax.training import loop, optimizer, step
@@ -32,6 +34,7 @@ _TOKENIZER_TEXTS = 20_000  # problems the vocabulary is made from
 _WINDOW = (
   8  # batches whose texts are sorted by length together, so that little is padded
 )
+_MAX_LENGTH = 1024  # positions of the models
 _BUCKET = 32  # batch lengths are multiples of it: a dozen compilations at most
 _FIRST_SEED = 1000  # seeds of problems below it are left to the users
 # More short problems than the default mix has: tiny models learn long chains from them.
@@ -106,7 +109,10 @@ def run(config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(side_files))
     hf_config = json.loads((side_files / 'config.json').read_text(encoding='utf-8'))
     decoder_config = DecoderConfig.from_hf(hf_config)
-    examples = [tokenizer.encode_pair(prompt, done) for prompt, done in pairs]
+    examples = [
+      Example(np.array(ids, np.int32), np.array(mask, bool))
+      for ids, mask in (tokenizer.encode_pair(*pair) for pair in pairs)
+    ]
     state, last = _train(config, decoder_config, examples)
     save_hf(
       state.params,
@@ -120,7 +126,7 @@ def run(config: Config) -> dict[str, Any]:
     'size': config.size,
     'num_params': decoder_config.num_params,
     'num_texts': num_texts,
-    'num_tokens': sum(len(ids) for ids, _ in examples),
+    'num_tokens': sum(len(example.ids) for example in examples),
     'loss': last['loss'],
   }
 
@@ -153,7 +159,7 @@ def _write_side_files(config: Config, directory: Path, pairs) -> None:
     'vocab_size': config.vocab_size,
     'num_key_value_heads': shape['num_attention_heads'],
     'hidden_act': 'silu',
-    'max_position_embeddings': 1024,
+    'max_position_embeddings': _MAX_LENGTH,
     'rms_norm_eps': 1e-5,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0},
     'tie_word_embeddings': False,
@@ -182,15 +188,6 @@ def _train(config: Config, decoder_config: DecoderConfig, examples):
     opt_config, optimizer.make_schedule(opt_config, config.num_steps)
   )
 
-  def loss_fn(params, batch):
-    logits = decoder.apply(
-      {'params': params}, batch['tokens'], segments_BT=batch['segments']
-    )
-    loss, weight = cross_entropy(
-      logits, batch['tokens'], batch['loss_mask'], batch['segments']
-    )
-    return loss, (weight, {})
-
   last: dict[str, float] = {}
 
   def on_step(done: int, metrics: dict[str, float]) -> None:
@@ -207,7 +204,8 @@ def _train(config: Config, decoder_config: DecoderConfig, examples):
   state = loop.fit(
     step.init_state(params, tx),
     jax.jit(
-      functools.partial(step.train_step, loss_fn=loss_fn, tx=tx), donate_argnums=0
+      functools.partial(step.train_step, loss_fn=make_loss_fn(decoder), tx=tx),
+      donate_argnums=0,
     ),
     lambda i: _batch(examples, i, config.batch_size, config.seed),
     mesh=mesh,
@@ -224,18 +222,10 @@ def _batch(examples, index: int, batch_size: int, seed: int) -> dict[str, np.nda
   window, place = divmod(index, _WINDOW)
   first = window * _WINDOW * batch_size
   chosen = examples[first : first + _WINDOW * batch_size]
-  chosen = sorted(chosen, key=lambda example: len(example[0]))
+  chosen = sorted(chosen, key=lambda example: len(example.ids))
   order = np.random.default_rng((seed, window)).permutation(len(chosen) // batch_size)
   start = int(order[place]) * batch_size
-  rows = chosen[start : start + batch_size]
-  length = -(-max(len(ids) for ids, _ in rows) // _BUCKET) * _BUCKET
-  batch = {
-    'tokens': np.zeros((batch_size, length), np.int32),
-    'segments': np.zeros((batch_size, length), np.int32),
-    'loss_mask': np.zeros((batch_size, length), bool),
-  }
-  for row, (ids, mask) in enumerate(rows):
-    batch['tokens'][row, : len(ids)] = ids
-    batch['segments'][row, : len(ids)] = 1
-    batch['loss_mask'][row, : len(ids)] = mask
+  batch = pad_batch(
+    chosen[start : start + batch_size], max_length=_MAX_LENGTH, multiple=_BUCKET
+  )
   return {name: x[None] for name, x in batch.items()}

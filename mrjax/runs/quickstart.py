@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     seconds[title] = time.perf_counter() - start
     return result
 
-  sampling = {
+  sampling: dict[str, Any] = {
     'data_root': config.data_root,
     'prompt_template': config.prompt_template,
     'max_new_tokens': config.max_new_tokens,
@@ -147,7 +147,7 @@ def _select(config: Config, output_dir: Path, rule: str) -> dict[str, Any]:
       metrics=str(graded / 'metrics.json'),
       vote='string_first',
       problems=config.train_data,
-      data_root=config.data_root or None,
+      data_root=config.data_root,
       seed=config.seed,
       overwrite=True,
     )
@@ -164,7 +164,7 @@ def _select(config: Config, output_dir: Path, rule: str) -> dict[str, Any]:
         if config.prompt_template == 'chat'
         else ''
       ),
-      data_root=config.data_root or None,
+      data_root=config.data_root,
       overwrite=True,
     )
   )

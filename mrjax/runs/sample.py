@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from mrjax.checkpoint.source import ModelSource, resolve_model
 from mrjax.data.problems import load_problems
@@ -24,7 +25,7 @@ from mrjax.runs.sample_shard import (
   only_writer,
 )
 from mrjax.runs.stops import StopStrings
-from mrjax.sampling.engine import Engine
+from mrjax.sampling.engine import Engine, check_mesh
 from mrjax.sampling.requests import Completion, Request, SamplingParams, fit_requests
 from mrjax.sharding.mesh import make_mesh
 
@@ -105,6 +106,8 @@ def run(config: Config) -> dict[str, Any]:
     truncate_prompts=config.truncate_prompts,
   )
   common.start_processes()
+  mesh = make_mesh(config.mesh, jax.local_devices())
+  check_mesh(source.config, mesh, max_batch=config.max_batch)
   process, count = jax.process_index(), jax.process_count()
   if process == 0:
     common.prepare_output_dir(
@@ -115,7 +118,9 @@ def run(config: Config) -> dict[str, Any]:
   shard = Path(config.output_dir) / f'samples-{process:05d}-of-{count:05d}.jsonl'
   check_shards(shard, count)
   with only_writer(shard), JsonlAppender(shard) as appender:
-    return _run_shard(config, source, tokenizer, requests[process::count], appender)
+    return _run_shard(
+      config, source, mesh, tokenizer, requests[process::count], appender
+    )
 
 
 def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:
@@ -134,6 +139,7 @@ def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:
 def _run_shard(
   config: Config,
   source: ModelSource,
+  mesh: Mesh,
   tokenizer: Tokenizer,
   requests: Sequence[Request],
   appender: JsonlAppender,
@@ -143,7 +149,6 @@ def _run_shard(
   num_old = totals.rows
   summary: dict[str, Any] = {}
   if missing:
-    mesh = make_mesh(config.mesh, jax.local_devices())
     dtype = common.resolve_dtype(config.dtype)
     engine = Engine(
       source.config,

@@ -14,7 +14,7 @@ from mrjax.records import DataError, Record, expand_inputs, read_numbered, write
 from mrjax.runs import common
 from mrjax.runs.grade import check_output
 from mrjax.runs.progress import Progress
-from mrjax.sampling.engine import Engine
+from mrjax.sampling.engine import Engine, check_mesh
 from mrjax.sharding.mesh import make_mesh
 
 _RECORDS_AT_ONCE = 2048  # sorted by length together, and held in memory
@@ -68,9 +68,10 @@ def run(config: Config) -> dict[str, Any]:
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
   tokenizer.check_fits(source.config.vocab_size)
   max_length = source.config.max_positions
-  # Read once before the devices are touched: a bad record is found at once.
-  num_records = sum(1 for _ in _read(paths, tokenizer, max_length))
   mesh = make_mesh(config.mesh)
+  check_mesh(source.config, mesh, max_batch=config.max_batch)
+  # Read once before any work is done: a bad record is found at once.
+  num_records = sum(1 for _ in _read(paths, tokenizer, max_length))
   dtype = common.resolve_dtype(config.dtype)
   engine = Engine(
     source.config,

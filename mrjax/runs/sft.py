@@ -88,7 +88,7 @@ class Config(optimizer.OptimizerConfig):
         f'--batch_size={self.batch_size} is not a multiple of --grad_accumulation='
         f'{self.grad_accumulation}: every micro-batch has the same number of rows.'
       )
-    _profile_steps(self.profile_steps)
+    _profile(self.profile_steps, Path(self.output_dir))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def make_loss_fn(decoder: Decoder):
   """Next-token cross-entropy of the supervised tokens, as a `step.LossFn`."""
 
   def loss_fn(params, batch):
-    logits_BTV = decoder.apply(
+    logits_BTV: Any = decoder.apply(
       {'params': params}, batch['tokens'], segments_BT=batch['segments']
     )
     loss, num_tokens = cross_entropy(
@@ -232,9 +232,7 @@ def _train(
         done, {'params': state.params, 'opt_state': state.opt_state}, position
       ),
       save_every=config.save_every,
-      profile=(*_profile_steps(config.profile_steps), str(output_dir / 'profile'))
-      if config.profile_steps
-      else None,
+      profile=_profile(config.profile_steps, output_dir),
     )
   except loop.NonFiniteLossError as error:
     raise _name_records(error, config, examples) from None
@@ -326,10 +324,11 @@ def _name_records(error, config, examples) -> loop.NonFiniteLossError:
   return error
 
 
-def _profile_steps(value: str) -> tuple[int, ...]:
-  if not value:
-    return ()
-  first, _, last = value.partition(':')
+def _profile(steps: str, output_dir: Path) -> tuple[int, int, str] | None:
+  """`--profile_steps` as `loop.fit` takes it."""
+  if not steps:
+    return None
+  first, _, last = steps.partition(':')
   if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-    raise ValueError(f'--profile_steps={value}: want FIRST:LAST, as in 10:13.')
-  return int(first), int(last)
+    raise ValueError(f'--profile_steps={steps}: want FIRST:LAST, as in 10:13.')
+  return int(first), int(last), str(output_dir / 'profile')

@@ -39,7 +39,9 @@ class TrainingWatch:
     self._log: MetricsLog | None = None
     self._bar: Any = None
     if jax.process_index() == 0:
-      self._log = MetricsLog(directory, tensorboard=tensorboard, wandb=wandb)
+      self._log = MetricsLog(
+        directory, start_step=start_step, tensorboard=tensorboard, wandb=wandb
+      )
       if sys.stderr.isatty():
         from tqdm import tqdm
 

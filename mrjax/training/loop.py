@@ -30,7 +30,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
   """
   sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
   return {
-    name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+    name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
     for name, x in batch.items()
   }
 

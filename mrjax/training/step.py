@@ -21,7 +21,7 @@ LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[jax.Array, dict]]]
 
 
 class TrainState(flax.struct.PyTreeNode):
-  step: jax.Array  # int32, optimizer steps done
+  step: Any  # int32 scalar, optimizer steps done
   params: PyTree
   opt_state: PyTree
 
