@@ -86,14 +86,15 @@ def test_parameters_are_born_sharded_with_equal_values(spec):
   mesh = mesh_lib.make_mesh(spec)
   params = rules.born_sharded(init, mesh, jax.random.key(3))
   whole = init(jax.random.key(3))
-  jax.tree.map(np.testing.assert_array_equal, params, whole)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7)  # jit or not: 1 ulp
+  jax.tree.map(close, params, whole)
   q = params['layers']['attn']['q']['kernel']
   parts = mesh.shape['fsdp'] * mesh.shape['tensor']
   assert q.addressable_shards[0].data.size * parts == q.size
 
 
 def test_uneven_split_names_the_parameter_the_size_and_the_remedy():
-  shapes = shapes_of(config_of('Llama', num_key_value_heads=2))
+  shapes = shapes_of(config_of('Llama', num_key_value_heads=2, attention_bias=False))
   mesh = mesh_lib.make_mesh('tensor:8')
   with pytest.raises(
     mesh_lib.MeshError, match=r'k/kernel.*size 2 does not divide.*8.*--mesh'
