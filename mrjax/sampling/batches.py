@@ -130,8 +130,8 @@ def place_buckets(max_new_tokens: int) -> list[int]:
   is one more program to compile, so short completions get fewer.
   """
   rounded = -(-max_new_tokens // 16) * 16
-  parts = min(4, max(1, rounded // 32))
-  return [-(-rounded * part // parts // 8) * 8 for part in range(1, parts + 1)]
+  parts = min(4, max(1, rounded // 64))
+  return [-(-rounded * part // parts // 16) * 16 for part in range(1, parts + 1)]
 
 
 def _group_size(requests: Sequence[Request], *, limit: int) -> int:

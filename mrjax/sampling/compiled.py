@@ -13,15 +13,19 @@ class CompiledPrograms:
   """Compiles ahead of time, so that no compilation goes by unseen.
 
   Attributes:
-    count: Programs compiled so far.
+    names: Names of the programs compiled so far, one for each shape.
     seconds: Time spent on that.
   """
 
   def __init__(self, mesh: Mesh):
     self.mesh = mesh
-    self.count = 0
+    self.names: list[str] = []
     self.seconds = 0.0
     self._programs: dict[Any, Any] = {}
+
+  @property
+  def count(self) -> int:
+    return len(self.names)
 
   def call(
     self,
@@ -51,7 +55,7 @@ class CompiledPrograms:
           donate_argnums=donate_argnums,
         )
         self._programs[name, shapes] = program.lower(*args).compile()
-        self.count += 1
+        self.names.append(name)
         self.seconds += time.perf_counter() - began
         logging.info(
           'Program %d (%s) compiled in %.1f s.',

@@ -72,12 +72,7 @@ class Engine:
     self.max_length = max_length or config.max_positions
     self.truncate_prompts = truncate_prompts
     self._shards = batch_shards(mesh)
-    if max_batch < self._shards:
-      raise MeshError(
-        f'max_batch {max_batch} is less than {self._shards}, the number of parts that '
-        f'the {" and ".join(BATCH_AXES)} axes of the mesh split rows into; raise it or '
-        'choose another mesh.'
-      )
+    check_mesh(config, mesh, max_batch=max_batch)
     self._decoder = Decoder(config, dtype=dtype, scan_layers=False)
     self._params = _split_layers(params, mesh, dtype=dtype, donate=donate_params)
     self.compiled = CompiledPrograms(mesh)
@@ -234,6 +229,20 @@ class Engine:
 
   def _put(self, tree: Any) -> Any:
     return jax.device_put(tree, self._by_row)
+
+
+def check_mesh(config: DecoderConfig, mesh: Mesh, *, max_batch: int) -> None:
+  """Raises `MeshError` where the mesh does not divide the weights or `max_batch`."""
+  shards = batch_shards(mesh)
+  if max_batch < shards:
+    raise MeshError(
+      f'max_batch {max_batch} is less than {shards}, the number of parts that the '
+      f'{" and ".join(BATCH_AXES)} axes of the mesh split rows into; raise it or '
+      'choose another mesh.'
+    )
+  decoder = Decoder(config)
+  init = lambda: decoder.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  param_shardings(jax.eval_shape(init)['params'], mesh)
 
 
 def _completions(
