@@ -16,6 +16,7 @@ import pytest
 
 from mrjax import trees
 from mrjax.checkpoint.source import resolve_model
+from mrjax.data.sft import load_sft_records
 from mrjax.records import write_jsonl
 from mrjax.runs import common, sft
 from mrjax.sharding.mesh import MeshError, make_mesh
@@ -185,11 +186,11 @@ def test_loss_falls_on_real_gsm8k_text(tmp_path):
 
 
 def test_sft_records_and_problems_give_the_same_batches(tmp_path):
-  records = sft.load_sft_records('arithmetic:train?size=5')
+  records = load_sft_records('arithmetic:train?size=5')
   path = tmp_path / 'records.jsonl'
   rows = [{'prompt': r.prompt, 'completion': r.completion} for r in records]
   write_jsonl(path, rows)
-  read = sft.load_sft_records(str(path))
+  read = load_sft_records(str(path))
   assert [(r.prompt, r.completion) for r in read] == [
     (r.prompt, r.completion) for r in records
   ]
@@ -201,7 +202,7 @@ def test_sft_records_and_problems_give_the_same_batches(tmp_path):
       for i, r in enumerate(records)
     ],
   )
-  again = sft.load_sft_records(f'jsonl:{problems}')
+  again = load_sft_records(f'jsonl:{problems}')
   assert [(r.prompt, r.completion) for r in again] == [
     (r.prompt, r.completion) for r in records
   ]

@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from mrjax.data.problems import load_problems
 from mrjax.data.prompts import check_template, render_completion, render_prompt
 from mrjax.data.tokenization import Tokenizer
-from mrjax.records import DataError, Problem, Record, read_numbered
+from mrjax.records import (
+  DataError,
+  Problem,
+  Record,
+  expand_inputs,
+  read_numbered,
+)
 
 OVERLONG_POLICIES = ('error', 'truncate', 'drop')
 
@@ -98,6 +105,22 @@ def sft_from_problems(problems: Iterable[Problem]) -> list[SftRecord]:
       )
     )
   return records
+
+
+def load_sft_records(data: str, *, data_root: str = '') -> list[SftRecord]:
+  """SFT records of a file, directory or glob, or made of problems with solutions.
+
+  `jsonl:PATH` may name either: a record with a `question` is a problem.
+  """
+  name, _, rest = data.partition(':')
+  if name == 'jsonl' or not (rest and name.isidentifier()):
+    spec = rest if name == 'jsonl' else data
+    paths = expand_inputs(spec)
+    _, first = next(read_numbered(paths[0]), (0, {}))
+    if 'question' not in first:
+      return [record for path in paths for record in read_sft(path)]
+    data = f'jsonl:{spec}'
+  return sft_from_problems(load_problems(data, data_root=data_root or None))
 
 
 def encode_sft(

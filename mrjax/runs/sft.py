@@ -19,19 +19,15 @@ from mrjax.checkpoint.source import ModelSource, resolve_model
 from mrjax.checkpoint.weights import param_shapes
 from mrjax.data.batches import pad_batch
 from mrjax.data.order import batch_indices, epoch_of
-from mrjax.data.problems import load_problems
 from mrjax.data.sft import (
   OVERLONG_POLICIES,
   Example,
-  SftRecord,
   encode_sft,
-  read_sft,
-  sft_from_problems,
+  load_sft_records,
 )
 from mrjax.data.tokenization import load_tokenizer
 from mrjax.losses.tokens import cross_entropy
 from mrjax.models.decoder import REMAT_POLICIES, Decoder
-from mrjax.records import expand_inputs, read_numbered
 from mrjax.runs import common
 from mrjax.runs.watch import TrainingWatch
 from mrjax.sharding.mesh import batch_shards, make_mesh
@@ -128,22 +124,6 @@ def run(config: Config) -> dict[str, Any]:
     output_dir, hf_dir=source.hf_dir, keep_last=config.keep_last
   ) as store:
     return _train(config, source, examples, num_steps, mesh, store, output_dir)
-
-
-def load_sft_records(data: str, *, data_root: str = '') -> list[SftRecord]:
-  """SFT records of a file, directory or glob, or made of problems with solutions.
-
-  `jsonl:PATH` may name either: a record with a `question` is a problem.
-  """
-  name, _, rest = data.partition(':')
-  if name == 'jsonl' or not (rest and name.isidentifier()):
-    spec = rest if name == 'jsonl' else data
-    paths = expand_inputs(spec)
-    _, first = next(read_numbered(paths[0]), (0, {}))
-    if 'question' not in first:
-      return [record for path in paths for record in read_sft(path)]
-    data = f'jsonl:{spec}'
-  return sft_from_problems(load_problems(data, data_root=data_root or None))
 
 
 def make_loss_fn(decoder: Decoder):
