@@ -33,7 +33,7 @@ ARRAY_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax')
 SLOW_LIBRARIES = ('transformers', 'datasets', 'tensorflow_datasets', 'math_verify')
 # Cross-checks and benchmarks alone may need torch; the base install has none.
 TORCH_LIBRARIES = ('torch', 'peft', 'trl', 'accelerate', 'vllm')
-MAY_IMPORT_TORCH = ('checkpoints_conversion/verify.py', 'experiments/benchmarks/')
+MAY_IMPORT_TORCH = ('checkpoints_conversion/comparison.py', 'experiments/benchmarks/')
 
 
 def name_of(path: Path) -> str:
