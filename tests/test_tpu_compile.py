@@ -33,6 +33,7 @@ from mrjax.training import optimizer, step
 TOPOLOGY = 'v5e:2x4'
 NUM_CHIPS = 8
 CHIP_BYTES = 15.75 * 2**30  # what XLA may use of the 16 GB of a v5e
+FAST_BYTES = 128 * 2**20  # its on-chip memory, where XLA keeps copies of small things
 
 
 class Case(NamedTuple):
@@ -273,7 +274,7 @@ def test_decode_compiles_for_a_slice(compiler, name):
   assert memory.reused > 0.99 * memory.outputs
   # Nothing is gathered or copied for the loop that is as large as weights or cache: a
   # token reads each of them once and moves activations alone between chips.
-  assert memory.temporary < 0.1 * memory.arguments
+  assert memory.temporary < FAST_BYTES
   assert memory.peak < CHIP_BYTES
 
 
