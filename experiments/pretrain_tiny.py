@@ -7,7 +7,10 @@ that the first command makes. Accuracies are in the README.
   python -m experiments.pretrain_tiny --size=tiny-0.2m --tokenizer=OUT/tiny-1m \
     --output_dir=OUT/tiny-0.2m
   python -m experiments.pretrain_tiny --size=tiny-3m --tokenizer=OUT/tiny-1m \
-    --learning_rate=2e-3 --output_dir=OUT/tiny-3m
+    --learning_rate=2e-3 --num_steps=750 --output_dir=OUT/tiny-3m-half
+  python -m experiments.pretrain_tiny --size=tiny-3m --start_from=OUT/tiny-3m-half \
+    --tokenizer=OUT/tiny-1m --learning_rate=2e-3 --num_steps=750 --seed=1 \
+    --output_dir=OUT/tiny-3m
 """
 
 from collections.abc import Sequence
@@ -26,6 +29,9 @@ _TOKENIZER = flags.DEFINE_string(
   _D.tokenizer,
   'Model directory whose tokenizer to reuse; else trains one.',
 )
+_START_FROM = flags.DEFINE_string(
+  'start_from', _D.start_from, 'Model of this size to go on from; else random weights.'
+)
 _NUM_STEPS = flags.DEFINE_integer('num_steps', _D.num_steps, 'Steps.', lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', _D.batch_size, 'Texts a step.', lower_bound=1
@@ -41,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     pretrain.Config(
       size=_SIZE.value,
       output_dir=_OUTPUT_DIR.value,
+      start_from=_START_FROM.value,
       tokenizer=_TOKENIZER.value,
       num_steps=_NUM_STEPS.value,
       batch_size=_BATCH_SIZE.value,

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from mrjax.checkpoint.hf import save_hf
+from mrjax.checkpoint.source import resolve_model
 from mrjax.data import arithmetic
 from mrjax.data.batches import pad_batch
 from mrjax.data.prompts import render_completion, render_prompt
@@ -69,6 +70,7 @@ SIZES: dict[str, dict[str, Any]] = {
 class Config:
   size: str  # a name in SIZES
   output_dir: str  # gets the Hugging Face directory
+  start_from: str = ''  # model of the same size to go on from; empty starts at random
   tokenizer: str = ''  # directory of a tokenizer to reuse; empty trains one
   vocab_size: int = 512
   num_steps: int = 1500
@@ -176,8 +178,11 @@ def _write_side_files(config: Config, directory: Path, pairs) -> None:
 def _train(config: Config, decoder_config: DecoderConfig, examples):
   mesh = make_mesh('data:1', jax.devices()[:1])
   decoder = Decoder(decoder_config)
-  init = lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params']
-  params = born_sharded(init, mesh, jax.random.key(config.seed))
+  if config.start_from:
+    params = resolve_model(config.start_from).load_params(mesh, dtype=jnp.float32)
+  else:
+    init = lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    params = born_sharded(init, mesh, jax.random.key(config.seed))
   opt_config = optimizer.OptimizerConfig(
     learning_rate=config.learning_rate,
     warmup_steps=config.warmup_steps,
