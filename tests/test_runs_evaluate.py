@@ -96,7 +96,7 @@ def test_bad_input_leaves_nothing(tmp_path):
     evaluate.run(config(tmp_path, data=f'jsonl:{tmp_path / "p.jsonl"}'))
   with pytest.raises(ValueError, match='neither answer nor solution'):
     evaluate.run(config(tmp_path, data=f'jsonl:{tmp_path / "q.jsonl"}'))
-  with pytest.raises(FileNotFoundError, match=r'--model=.*nothing'):
+  with pytest.raises(FileNotFoundError, match=r"Model '.*nothing'"):
     evaluate.run(config(tmp_path, model=str(tmp_path / 'nothing')))
   with pytest.raises(ValueError, match="unknown grading rule 'x'"):
     config(tmp_path, rule='x')

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from experiments.sample import parse_stops
 from mrjax.data.tokenization import load_tokenizer
+from mrjax.data.tokenizer_training import train_bpe_tokenizer
 from mrjax.models.config import load_hf_config
 from mrjax.records import DataError, read_jsonl, write_jsonl
 from mrjax.runs import sample
@@ -340,7 +342,7 @@ def test_bad_input_leaves_no_directory(
   model, prompts, tmp_path, changes, error, message
 ):
   with pytest.raises(error, match=message):
-    sample.run(config(model, prompts, tmp_path / 'run', **changes))
+    sample.run(dataclasses.replace(config(model, prompts, tmp_path / 'run'), **changes))
   assert not (tmp_path / 'run').exists()
 
 
@@ -352,14 +354,14 @@ def test_empty_data_is_refused(model, tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(model, prompts, tmp_path):
-  small = tmp_path / 'small'
-  small.mkdir()
-  fields = load_hf_config(model) | {'vocab_size': 400}
-  for path in Path(model).iterdir():
-    (small / path.name).write_bytes(path.read_bytes())
-  (small / 'config.json').write_text(json.dumps(fields))
-  with pytest.raises(ValueError, match=r'511.*400 embeddings'):
-    sample.run(config(small, prompts, tmp_path / 'run'))
+  draws = random.Random(0)
+  words = [''.join(draws.choices('abcdefgh', k=5)) for _ in range(400)]
+  train_bpe_tokenizer(words, vocab_size=600, output_dir=tmp_path / 'tokenizer')
+  num_ids = load_tokenizer(tmp_path / 'tokenizer').vocab_size
+  assert num_ids > load_hf_config(model)['vocab_size'] == 512
+  made = config(model, prompts, tmp_path / 'run', tokenizer=str(tmp_path / 'tokenizer'))
+  with pytest.raises(ValueError, match=rf'{num_ids - 1}.*512 embeddings'):
+    sample.run(made)
 
 
 @pytest.mark.parametrize(
