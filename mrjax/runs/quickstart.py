@@ -24,8 +24,8 @@ class Config:
   num_samples: int = 8  # a training problem
   temperature: float = 0.7  # of those samples; evaluations are greedy
   max_new_tokens: int = 256
-  num_epochs: float = 2.0
-  learning_rate: float = 1e-3
+  num_epochs: float = 1.0
+  learning_rate: float = 2e-4
   batch_size: int = 32  # texts an optimizer step
   max_length: int = 512  # tokens of a training text
   mesh: str = _MESH  # of training; sampling keeps one copy of the model a device
