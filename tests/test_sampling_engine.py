@@ -184,8 +184,8 @@ def test_rows_are_those_of_a_plain_sampler(config):
 
 
 def test_the_cache_grows_without_a_seam():
-  request = make_requests(1, max_new_tokens=75, stop_ids=(), temperature=0.8)[0]
-  engine = make_engine(max_batch=4)
+  request = make_requests(1, max_new_tokens=103, stop_ids=(), temperature=0.8)[0]
+  engine = make_engine(max_batch=14)
   row = rows_of(engine.generate([request]))['problem-0', 1]
   assert sum('grow' in name for name in engine.compiled.names) == 1
   assert row.token_ids == plain_sampler(LLAMA, request, 1)[0]
@@ -197,8 +197,7 @@ def test_rows_do_not_depend_on_order_neighbours_or_batch_size():
   assert ids_of(shared_engine().generate(requests[::-1])) == expected
   alone = ids_of(shared_engine().generate(requests[3:4]))
   assert alone == {name: expected[name] for name in alone}
-  for max_batch in (3, 64):
-    assert ids_of(make_engine(max_batch=max_batch).generate(requests)) == expected
+  assert ids_of(make_engine(max_batch=3).generate(requests)) == expected
 
 
 def test_samples_may_be_asked_for_in_parts():
@@ -245,12 +244,15 @@ def test_seeds_and_indices_change_drawn_rows_alone():
 
 
 def test_changing_controls_compiles_nothing():
-  engine = make_engine(max_batch=16)
+  engine = make_engine(max_batch=15)
   list(engine.generate(make_requests()))
-  count = engine.compiled.count
-  list(engine.generate(make_requests(seed=3, temperature=0.3, top_p=0.2, stop_ids=())))
-  assert engine.compiled.count == count == 2  # prefill and decode
+  assert engine.compiled.count == 2  # prefill and decode
   assert engine.compiled.seconds > 0
+  list(engine.generate(make_requests(seed=3, temperature=0.3, top_p=0.2, stop_ids=())))
+  assert engine.compiled.count == 2
+  again = make_engine(max_batch=15)
+  list(again.generate(make_requests()))
+  assert again.compiled.count == 0  # another engine of the same shape
 
 
 def test_a_callback_ends_rows_on_the_host():
@@ -307,8 +309,8 @@ def test_donated_parameters_are_given_back():
   params = init_params(LLAMA, mesh)
   expected = ids_of(shared_engine().generate(make_requests(2)))
   engine = Engine(LLAMA, params, mesh, max_batch=24, donate_params=True)
-  leaf = params['layers']['mlp']['gate']['kernel']
-  assert leaf.is_deleted()
+  stacked = jax.tree.leaves(params['layers'])
+  assert all(leaf.is_deleted() for leaf in stacked)
   assert ids_of(engine.generate(make_requests(2))) == expected
 
 
@@ -385,6 +387,6 @@ def test_weights_that_are_not_finite_end_the_run_clearly():
   mesh = mesh_of(ONE_DEVICE)
   params = init_params(LLAMA, mesh)
   params['final_norm']['scale'] = params['final_norm']['scale'] * np.nan
-  engine = Engine(LLAMA, params, mesh, max_batch=4)
+  engine = Engine(LLAMA, params, mesh, max_batch=24)
   with pytest.raises(FloatingPointError, match="'problem-0' has log-probability nan"):
-    list(engine.generate(make_requests(1)))
+    list(engine.generate(make_requests(2)))

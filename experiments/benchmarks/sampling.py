@@ -15,6 +15,7 @@ needs torch, here or in an environment of its own:
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.figures import emit
+from experiments.benchmarks.figures import emit, hardware
 from mrjax.runs import cli
 from mrjax.runs.common import environment
 
@@ -107,7 +108,13 @@ def _take_turns(commands: dict[str, list[str]]) -> dict[str, list[float]]:
   processes = {}
   for name, command in commands.items():
     processes[name] = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+      # One CPU device a core: rows are independent, and a device alone leaves the
+      # other cores idle between its bigger products.
+      env=os.environ | {'JAX_NUM_CPU_DEVICES': str(hardware()['cores'])},
     )
     _ask(name, processes[name])  # loads and warms up before the next one starts
   rates: dict[str, list[float]] = {name: [] for name in commands}

@@ -64,7 +64,7 @@ class Batch:
       sample_indices_B=np.zeros(B, np.uint32),
       prompt_lengths_B=np.ones(B, np.int32),
       max_new_tokens_B=np.zeros(B, np.int32),
-      stop_ids_BE=np.full((B, _power_of_two(max(num_stops, 4))), -1, np.int32),
+      stop_ids_BE=np.full((B, _power_of_two(max(num_stops, 8))), -1, np.int32),
     )
     for p, group in enumerate(self.groups):
       request, params = group.request, group.request.params
@@ -130,7 +130,7 @@ def place_buckets(max_new_tokens: int) -> list[int]:
   is one more program to compile, so short completions get fewer.
   """
   rounded = -(-max_new_tokens // 16) * 16
-  parts = min(4, max(1, rounded // 64))
+  parts = min(4, max(1, rounded // 48))
   return [-(-rounded * part // parts // 16) * 16 for part in range(1, parts + 1)]
 
 

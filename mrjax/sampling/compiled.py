@@ -1,27 +1,36 @@
 """Programs compiled once for each shape, and a log of how many and how long."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 from absl import logging
 from jax.sharding import Mesh
 
+# Of the whole process: a second engine for the same model shape compiles nothing.
+_PROGRAMS: dict[Any, Any] = {}
+
 
 class CompiledPrograms:
   """Compiles ahead of time, so that no compilation goes by unseen.
 
   Attributes:
-    names: Names of the programs compiled so far, one for each shape.
+    names: Names of the programs compiled here so far, one for each shape.
     seconds: Time spent on that.
   """
 
-  def __init__(self, mesh: Mesh):
-    self.mesh = mesh
+  def __init__(self, mesh: Mesh, *, owner: Hashable):
+    """Takes the mesh to compile for.
+
+    Args:
+      mesh: Is set while a program is traced and run.
+      owner: What decides the functions beside their names; programs of equal owners
+        are shared.
+    """
+    self._mesh, self._owner = mesh, owner
     self.names: list[str] = []
     self.seconds = 0.0
-    self._programs: dict[Any, Any] = {}
 
   @property
   def count(self) -> int:
@@ -46,21 +55,18 @@ class CompiledPrograms:
       donate_argnums: Arguments whose memory may be used again.
     """
     shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
-    with jax.set_mesh(self.mesh):
-      if (name, shapes) not in self._programs:
+    key = (self._owner, self._mesh, name, shapes)
+    with jax.set_mesh(self._mesh):
+      if key not in _PROGRAMS:
         began = time.perf_counter()
         program = jax.jit(
           fn,
           out_shardings=out_shardings(jax.eval_shape(fn, *args)),
           donate_argnums=donate_argnums,
         )
-        self._programs[name, shapes] = program.lower(*args).compile()
+        _PROGRAMS[key] = program.lower(*args).compile()
+        seconds = time.perf_counter() - began
         self.names.append(name)
-        self.seconds += time.perf_counter() - began
-        logging.info(
-          'Program %d (%s) compiled in %.1f s.',
-          self.count,
-          name,
-          time.perf_counter() - began,
-        )
-      return self._programs[name, shapes](*args)
+        self.seconds += seconds
+        logging.info('Program %d (%s) compiled in %.1f s.', self.count, name, seconds)
+      return _PROGRAMS[key](*args)

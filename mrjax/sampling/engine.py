@@ -75,7 +75,7 @@ class Engine:
     check_mesh(config, mesh, max_batch=max_batch)
     self._decoder = Decoder(config, dtype=dtype, scan_layers=False)
     self._params = _split_layers(params, mesh, dtype=dtype, donate=donate_params)
-    self.compiled = CompiledPrograms(mesh)
+    self.compiled = CompiledPrograms(mesh, owner=(config, jnp.dtype(dtype)))
 
   def generate(
     self, requests: Sequence[Request], *, should_stop: ShouldStop | None = None
@@ -174,7 +174,7 @@ class Engine:
     while per_device % num_blocks:
       num_blocks += 1
     return self.compiled.call(
-      f'prefill for {num_places} places',
+      f'prefill in {num_blocks} blocks, {num_places} places',
       functools.partial(
         programs.start, self._decoder, num_places=num_places, num_blocks=num_blocks
       ),
