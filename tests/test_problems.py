@@ -329,3 +329,11 @@ def test_an_empty_set_is_an_error(monkeypatch):
   monkeypatch.setattr(problems_module, 'load_hub', lambda *arguments: [])
   with pytest.raises(ValueError, match='holds no problem'):
     load_problems('hf:org/set:train')
+
+
+def test_a_limit_bounds_what_is_generated():
+  assert load_problems('arithmetic:test?size=900000', limit=3) == load_problems(
+    'arithmetic:test?size=3'
+  )
+  with pytest.raises(ValueError, match='size=1000001; want at most 1000000'):
+    load_problems('arithmetic:test?size=1000001', limit=3)

@@ -296,3 +296,28 @@ def test_starts_without_heavy_imports():
     [sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True
   )
   assert done.stdout.strip() == '[]', done.stderr
+
+
+def test_a_sample_that_comes_twice_is_named(tmp_path):
+  rows = [sample('a', 0, '1'), sample('a', 1, '1'), sample('b', 0, '1')]
+  with pytest.raises(DataError, match=r"in.jsonl:4: sample 1 of problem 'a' is there"):
+    run(tmp_path, [*rows, sample('a', 1, '2')])
+  assert not (tmp_path / 'out.jsonl').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'metrics': 'out.jsonl'}, 'out.jsonl is another output too'),
+    ({'output': 'in.jsonl'}, 'in.jsonl is the input too'),
+    ({'metrics': './in.jsonl'}, 'in.jsonl is the input too'),
+  ],
+)
+def test_no_file_is_written_over(tmp_path, monkeypatch, changes, message):
+  monkeypatch.chdir(tmp_path)
+  write_jsonl('in.jsonl', [sample('a', 0, '1')])
+  before = Path('in.jsonl').read_bytes()
+  fields = {'rule': 'gsm8k', 'input': 'in.jsonl', 'output': 'out.jsonl'}
+  with pytest.raises(OutputError, match=message):
+    grade.run(grade.Config(**(fields | changes), overwrite=True))
+  assert Path('in.jsonl').read_bytes() == before

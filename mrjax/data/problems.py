@@ -97,6 +97,9 @@ def _parse_options(spec: str, source: str, query: str) -> dict[str, str]:
   return options
 
 
+_MAX_GENERATED = 1_000_000  # problems of one specification
+
+
 def load_problems(
   spec: str, *, data_root: str | Path | None = None, limit: int | None = None
 ) -> list[Problem]:
@@ -119,15 +122,18 @@ def load_problems(
   root = Path(data_root) if data_root else None
   if root is not None and not root.is_dir():
     raise FileNotFoundError(f'--data_root={root} is no folder')
-  problems = _load(spec, parsed, root)
+  bound = min(bounds, default=None)
+  problems = _load(spec, parsed, root, bound)
   if not problems:
     raise ValueError(f'--data={spec!r} holds no problem')
-  return problems[: min(bounds)] if bounds else problems
+  return problems[:bound]
 
 
-def _load(spec: str, parsed: DataSpec, root: Path | None) -> list[Problem]:
+def _load(
+  spec: str, parsed: DataSpec, root: Path | None, bound: int | None
+) -> list[Problem]:
   if parsed.source == 'arithmetic':
-    return _load_arithmetic(spec, parsed)
+    return _load_arithmetic(spec, parsed, bound)
   if parsed.source == 'jsonl':
     return list(_read_jsonl(parsed.name))
   if parsed.source in PUBLIC_SETS:
@@ -143,12 +149,21 @@ def _load(spec: str, parsed: DataSpec, root: Path | None) -> list[Problem]:
   return _from_columns(spec, rows, parsed.options, prefix)
 
 
-def _load_arithmetic(spec: str, parsed: DataSpec) -> list[Problem]:
+def _load_arithmetic(spec: str, parsed: DataSpec, bound: int | None) -> list[Problem]:
   steps = parsed.options.get('steps')
+  size = _int_option(spec, parsed, 'size', None)
+  if size is not None and size > _MAX_GENERATED:
+    raise ValueError(
+      f'--data={spec!r}: size={size}; want at most {_MAX_GENERATED}, all of which '
+      'are held in memory'
+    )
+  if bound is not None:  # a smaller size is the beginning of a larger one
+    default = arithmetic.DEFAULT_SIZES.get(parsed.split)
+    size = min(n for n in (size or default, bound) if n is not None)
   try:
     return arithmetic.generate_problems(
       parsed.split,
-      size=_int_option(spec, parsed, 'size', None),
+      size=size,
       seed=_int_option(spec, parsed, 'seed', 0) or 0,
       form=parsed.options.get('form', 'open'),
       steps=(steps and [int(n) for n in steps.replace('+', ',').split(',')]) or None,

@@ -1,6 +1,7 @@
 """How every binary starts and how it fails: one clear line, no traceback."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,10 +21,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     lambda record: record.levelno > logging.INFO or '/orbax/' not in record.pathname
   )
 
+  # That there is no torch is as it should be.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
   def guarded(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
     try:
+      if len(argv) > 1:
+        raise ValueError(f'unexpected arguments {argv[1:]}; flags begin with --')
       main(argv)
     except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
       if absl_logging.get_verbosity() >= absl_logging.DEBUG:
@@ -33,4 +37,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       print(' '.join(['error:', str(text), *notes]), file=sys.stderr)
       sys.exit(1)
 
-  app.run(guarded)
+  try:
+    app.run(guarded)
+  except SystemExit as stop:
+    # absl ends --help with 1, which make and shells take for a failure.
+    asked = {arg.lstrip('-') for arg in sys.argv[1:] if arg.startswith('-')}
+    if asked & {'help', 'helpshort', 'helpfull', 'h', '?'} and stop.code == 1:
+      sys.exit(0)
+    raise

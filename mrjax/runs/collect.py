@@ -15,7 +15,14 @@ from mrjax.grading.rules import get_rule
 from mrjax.methods import rft
 from mrjax.records import DataError, Record
 from mrjax.runs.common import write_json
-from mrjax.runs.grade import Gold, Item, check_output, golds_of, ordered_map, read_items
+from mrjax.runs.grade import (
+  Gold,
+  Item,
+  check_outputs,
+  golds_of,
+  ordered_map,
+  read_items,
+)
 
 _HUMAN = -1  # the sample index of a reference solution
 
@@ -102,8 +109,8 @@ def run(config: Config) -> dict[str, Any]:
       a set holds a sample twice.
     OutputError: An output exists and `overwrite` is off.
   """
-  for path in (config.output, config.stats):
-    check_output(path, overwrite=config.overwrite)
+  inputs = [p for spec in config.sample_sets for p in records.expand_inputs(spec)]
+  check_outputs(config.output, config.stats, inputs=inputs, overwrite=config.overwrite)
   problems = load_problems(config.problems, data_root=config.data_root or None)
   golds = golds_of(problems, config.problems)
   for problem in problems:

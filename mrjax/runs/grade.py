@@ -75,10 +75,9 @@ def run(config: Config) -> dict[str, Any]:
     FileNotFoundError: No input.
     OutputError: An output exists and `overwrite` is off.
   """
-  for path in (config.output, config.metrics):
-    check_output(path, overwrite=config.overwrite)
   rule = get_rule(config.rule)
   paths = records.expand_inputs(config.input)
+  check_outputs(config.output, config.metrics, inputs=paths, overwrite=config.overwrite)
   golds = _load_golds(config.problems, config.data_root)
   tally = Tally(config.vote, is_equal=rule.is_equal)
   counts_before = _symbolic_counts(rule)
@@ -87,7 +86,9 @@ def run(config: Config) -> dict[str, Any]:
     return _grade(item, rule, golds, config.problems)
 
   def graded() -> Iterator[Record]:
-    items = read_items(paths, required=('text', 'problem_id' if golds else 'gold'))
+    items = _unique(
+      read_items(paths, required=('text', 'problem_id' if golds else 'gold'))
+    )
     for record in ordered_map(grade, items, rule.num_threads):
       tally.add(record)
       yield record
@@ -115,6 +116,23 @@ def check_output(path: str, *, overwrite: bool) -> None:
   if Path(path).exists() and not overwrite:
     raise OutputError(f'{path} exists; choose another output or pass --overwrite')
   Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_outputs(
+  *outputs: str, inputs: Iterable[Path] = (), overwrite: bool = False
+) -> None:
+  """`check_output` of each, and that none is another one or an input.
+
+  Raises:
+    OutputError: See `check_output`; or a file would be written over.
+  """
+  taken = {path.resolve(): 'the input' for path in inputs}
+  for path in filter(None, outputs):
+    place = Path(path).resolve()
+    if place in taken:
+      raise OutputError(f'{path} is {taken[place]} too; name another file')
+    taken[place] = 'another output'
+    check_output(path, overwrite=overwrite)
 
 
 def golds_of(problems: Iterable[Problem], source: str) -> dict[str, Gold]:
@@ -179,6 +197,23 @@ def read_items(paths: Iterable[Path], *, required: Sequence[str]) -> Iterator[It
   from tqdm import tqdm
 
   return iter(tqdm(items, unit=' records', desc='grading'))
+
+
+def _unique(items: Iterable[Item]) -> Iterator[Item]:
+  """The items; a sample that comes twice would be counted and vote twice."""
+  seen: set[int] = set()  # hashes: a fifth of the memory of the names themselves
+  for item in items:
+    name = item.record.get('problem_id'), item.record.get('sample_index')
+    if None not in name:
+      if hash(name) in seen:
+        raise DataError(
+          item.path,
+          item.line,
+          f'sample {name[1]} of problem {name[0]!r} is there already; a sample may '
+          'come once',
+        )
+      seen.add(hash(name))
+    yield item
 
 
 def _grade(item: Item, rule: Rule, golds: dict[str, Gold], problems: str) -> Record:
