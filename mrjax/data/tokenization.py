@@ -238,7 +238,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   if place.is_dir():
     if not (place / 'tokenizer.json').exists() and (place / 'tokenizer.model').exists():
       return _load_sentencepiece_folder(place)
-    if not any(place.glob('*token*')) and not (place / 'vocab.json').exists():
+    known = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
+    if not any((place / name).exists() for name in known):
       raise FileNotFoundError(
         f'{place} holds no tokenizer.json and no tokenizer.model; copy the tokenizer '
         'of the model there or give --tokenizer'
@@ -257,7 +258,12 @@ def _load_hf(path: str) -> Tokenizer:
       f'of that name: {str(error)[:200]}'
     ) from None
   except Exception as error:  # the libraries raise bare Exceptions for broken files
-    raise ValueError(f'cannot read the tokenizer of {path!r}: {error}') from error
+    reason = (str(error).splitlines() or [''])[0][:200]
+    raise ValueError(
+      f'cannot read the tokenizer of {path!r} ({type(error).__name__}: {reason}); copy '
+      'tokenizer.json and tokenizer_config.json of the model there again, or give '
+      '--tokenizer'
+    ) from error
   if Path(path).is_dir():
     return Tokenizer(FastBackend(hf_tokenizer), eos_ids=_folder_eos_ids(Path(path)))
   try:
