@@ -225,6 +225,9 @@ def _sample(
         )
   if log:
     log.close()
+  logging.info(
+    'Compiled %d programs in %.1f s.', engine.compiled.count, engine.compiled.seconds
+  )
   return progress.tokens_per_second
 
 
