@@ -78,6 +78,15 @@ def test_few_requests_run_in_a_small_batch():
   assert (batch.num_groups, batch.group_size) == (4, 2)
 
 
+def test_shorter_prompts_get_a_bucket_of_their_own_when_they_are_many():
+  few = requests_of([(100, 1, 0)] * 4 + [(20, 1, 0)] * 12)
+  batches = plan_batches(few, max_rows=4, shards=1)
+  assert [batch.prompt_bucket for batch in batches] == [128] * 4
+  many = requests_of([(100, 1, 0)] * 4 + [(20, 1, 0)] * 32)
+  batches = plan_batches(many, max_rows=4, shards=1)
+  assert [batch.prompt_bucket for batch in batches] == [128] + [32] * 8
+
+
 def test_buckets():
   assert [prompt_bucket(n) for n in (1, 32, 33, 64, 65, 1000)] == [
     *(32, 32, 64, 64, 128),

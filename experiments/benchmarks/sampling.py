@@ -14,6 +14,7 @@ needs torch, here or in an environment of its own:
     --data=gsm8k:test --data_root=PATH --output=sampling.jsonl
 """
 
+import contextlib
 import json
 import os
 import re
@@ -40,12 +41,15 @@ _PEER_PYTHON = flags.DEFINE_string(
 )
 _DATA = flags.DEFINE_string('data', 'arithmetic:test?size=500', 'Source of prompts.')
 _DATA_ROOT = flags.DEFINE_string('data_root', '', 'Local copies of data sets.')
+_NUM_PROMPTS = flags.DEFINE_integer(
+  'num_prompts', 64, 'Prompts a turn; fewer for a quick look.', lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Turns of each contender.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string('output', '', 'JSON Lines file to append to.')
 _CONTENDER = flags.DEFINE_enum('contender', '', ['', 'mrjax'], 'Used by itself.')
 _DIRECTORY = flags.DEFINE_string('directory', '', 'Used by itself: model and prompts.')
 
-NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS = 64, 16, 128
+NUM_SAMPLES, MAX_NEW_TOKENS = 16, 128
 _MAX_PROMPT_TOKENS = 64
 _MODEL = {
   'architectures': ['LlamaForCausalLM'],
@@ -93,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     'sampling_1m_float32',
     _OUTPUT.value,
     data=_DATA.value,
-    num_prompts=NUM_PROMPTS,
+    num_prompts=_NUM_PROMPTS.value,
     num_samples=NUM_SAMPLES,
     max_new_tokens=MAX_NEW_TOKENS,
     tokens_per_second=rates,
@@ -105,25 +109,22 @@ def main(argv: Sequence[str]) -> None:
 
 def _take_turns(commands: dict[str, list[str]]) -> dict[str, list[float]]:
   """Starts all contenders, then asks them one after the other for a timed run."""
-  processes = {}
-  for name, command in commands.items():
-    processes[name] = subprocess.Popen(
-      command,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      # One CPU device a core: rows are independent, and a device alone leaves the
-      # other cores idle between its bigger products.
-      env=os.environ | {'JAX_NUM_CPU_DEVICES': str(hardware()['cores'])},
-    )
-    _ask(name, processes[name])  # loads and warms up before the next one starts
+  # One CPU device a core for mrjax: rows are independent, and a device alone leaves
+  # the other cores idle between its bigger products.
+  environ = os.environ | {'JAX_NUM_CPU_DEVICES': str(hardware()['cores'])}
   rates: dict[str, list[float]] = {name: [] for name in commands}
-  for _ in range(_ROUNDS.value):
-    for name, process in processes.items():
-      rates[name].append(_ask(name, process))
-      print(name, f'{rates[name][-1]:.0f} tokens/s', flush=True)
-  for process in processes.values():
-    process.communicate('')
+  with contextlib.ExitStack() as stack:
+    processes = {}
+    for name, command in commands.items():
+      processes[name] = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+      )
+      stack.callback(processes[name].kill)
+      _ask(name, processes[name])  # loads and warms up before the next one starts
+    for _ in range(_ROUNDS.value):
+      for name, process in processes.items():
+        rates[name].append(_ask(name, process))
+        print(name, f'{rates[name][-1]:.0f} tokens/s', flush=True)
   return rates
 
 
@@ -135,7 +136,7 @@ def _ask(name: str, process: subprocess.Popen) -> float:
   if not line:
     raise ValueError(f'{name} ended early; its output above says why')
   result: dict[str, Any] = json.loads(line)
-  assert result['num_tokens'] == NUM_PROMPTS * NUM_SAMPLES * MAX_NEW_TOKENS
+  assert result['num_tokens'] == _NUM_PROMPTS.value * NUM_SAMPLES * MAX_NEW_TOKENS
   return result['num_tokens'] / result['seconds']
 
 
@@ -156,9 +157,8 @@ def _prepare(directory: Path) -> None:
   side = directory / 'side'
   train_bpe_tokenizer(texts, vocab_size=512, output_dir=side)
   tokenizer = load_tokenizer(str(side))
-  prompts = [
-    tokenizer.encode_prompt(text)[:_MAX_PROMPT_TOKENS] for text in texts[:NUM_PROMPTS]
-  ]
+  texts = texts[: _NUM_PROMPTS.value]
+  prompts = [tokenizer.encode_prompt(text)[:_MAX_PROMPT_TOKENS] for text in texts]
   (directory / 'prompts.json').write_text(json.dumps(prompts))
   (side / 'config.json').write_text(json.dumps(_MODEL))
   config = DecoderConfig.from_hf(_MODEL)

@@ -10,6 +10,7 @@ from mrjax.sampling.programs import Rows
 from mrjax.sampling.requests import Request, hash_problem_id
 
 _SHORTEST_BUCKET = 32  # prompt tokens
+_BATCHES_A_BUCKET = 8  # at least, for a shorter bucket to be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +108,16 @@ def plan_batches(
   needed = shards * _power_of_two(-(-len(groups) // shards))
   most = max_rows // size // shards * shards
   num_groups = min(needed, most)
-  return [
-    Batch(
-      groups=tuple(groups[start : start + num_groups]),
-      num_groups=num_groups,
-      group_size=size,
-      prompt_bucket=prompt_bucket(len(groups[start].request.prompt_ids)),
-    )
-    for start in range(0, len(groups), num_groups)
-  ]
+  starts = range(0, len(groups), num_groups)
+  batches: list[Batch] = []
+  for number, start in enumerate(starts):
+    bucket = prompt_bucket(len(groups[start].request.prompt_ids))
+    # A new bucket costs compiling, which only several batches of shorter prompts repay.
+    if batches and len(starts) - number < _BATCHES_A_BUCKET:
+      bucket = batches[-1].prompt_bucket
+    members = tuple(groups[start : start + num_groups])
+    batches.append(Batch(members, num_groups, size, bucket))
+  return batches
 
 
 def prompt_bucket(length: int) -> int:
