@@ -22,9 +22,10 @@ ALLOWED = {
   'sharding': {'trees'},
   'losses': set(),
   'models': {'sharding', 'trees'},
-  'checkpoint': {'models', 'sharding', 'trees'},
-  'training': {'checkpoint', 'models', 'losses', 'sharding', 'trees'},
-  'sampling': {'checkpoint', 'models', 'losses', 'sharding', 'trees'},
+  'lora': {'models', 'sharding', 'trees'},
+  'checkpoint': {'lora', 'models', 'sharding', 'trees'},
+  'training': {'checkpoint', 'lora', 'models', 'losses', 'sharding', 'trees'},
+  'sampling': {'checkpoint', 'lora', 'models', 'losses', 'sharding', 'trees'},
 }
 TEXT_WING = ('records', 'data', 'grading', 'methods')
 RUNS = 'runs'

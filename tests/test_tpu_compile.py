@@ -149,7 +149,7 @@ def sft_step(name: str, devices=None) -> Program:
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
-  return Program(jitted, (on(shardings, state), batch), mesh)
+  return Program(jitted, (on(shardings, state), {}, batch), mesh)
 
 
 def prefill(name: str, devices=None) -> Program:

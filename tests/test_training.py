@@ -47,7 +47,8 @@ def make_batch(num_micro: int, rows: int = 16, length: int = 11):
   return {k: v.reshape(num_micro, rows // num_micro, length) for k, v in batch.items()}
 
 
-def loss_fn(params, batch):
+def loss_fn(params, frozen, batch, key):
+  del frozen, key
   logits = DECODER.apply(
     {'params': params},
     batch['tokens'],
@@ -67,7 +68,7 @@ def run_step(spec: str, batch, num_steps: int = 1):
   params = make_params()
   shardings = step.state_shardings(jax.eval_shape(lambda: params), tx, mesh)
   state = jax.device_put(step.init_state(params, tx), shardings)
-  fn = jax.jit(lambda s, b: step.train_step(s, b, loss_fn=loss_fn, tx=tx))
+  fn = jax.jit(lambda s, b: step.train_step(s, {}, b, loss_fn=loss_fn, tx=tx))
   with jax.set_mesh(mesh):
     for _ in range(num_steps):
       state, metrics = fn(state, loop.shard_batch(batch, mesh))
@@ -124,8 +125,9 @@ def test_packed_texts_give_the_loss_of_separate_rows():
     k: np.concatenate([rows[k][i, : lengths[i]] for i in range(3)])[None] for k in rows
   }
   packed['segments'] = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
-  separate, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, rows)
-  together, packed_grads = jax.value_and_grad(loss_fn, has_aux=True)(params, packed)
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  separate, grads = grad_fn(params, {}, rows, None)
+  together, packed_grads = grad_fn(params, {}, packed, None)
   assert together[1][0] == separate[1][0]
   np.testing.assert_allclose(together[0], separate[0], rtol=1e-6)
   jax.tree.map(

@@ -165,11 +165,11 @@ def _time_mrjax(directory: Path, steps: int) -> dict[str, Any]:
   by_shape = {batch['tokens'].shape: batch for batch in batches}
   with jax.set_mesh(mesh):
     for batch in by_shape.values():  # compiles, and warms up
-      state, metrics = train_step(state, loop.shard_batch(batch, mesh))
+      state, metrics = train_step(state, {}, loop.shard_batch(batch, mesh))
     float(metrics['loss'])
     start = time.perf_counter()
     for batch in batches[-steps:]:
-      state, metrics = train_step(state, loop.shard_batch(batch, mesh))
+      state, metrics = train_step(state, {}, loop.shard_batch(batch, mesh))
     loss = float(metrics['loss'])
     seconds = time.perf_counter() - start
   useful = sum(int((batch['segments'] != 0).sum()) for batch in batches[-steps:])

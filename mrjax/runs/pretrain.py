@@ -206,12 +206,13 @@ def _train(config: Config, decoder_config: DecoderConfig, examples):
         metrics['tokens'] / metrics['seconds'],
       )
 
+  train_step = jax.jit(
+    functools.partial(step.train_step, loss_fn=make_loss_fn(decoder), tx=tx),
+    donate_argnums=0,
+  )
   state = loop.fit(
     step.init_state(params, tx),
-    jax.jit(
-      functools.partial(step.train_step, loss_fn=make_loss_fn(decoder), tx=tx),
-      donate_argnums=0,
-    ),
+    lambda state, batch: train_step(state, {}, batch),
     lambda i: _batch(examples, i, config.batch_size, config.seed),
     mesh=mesh,
     start_step=0,

@@ -26,6 +26,7 @@ from mrjax.data.sft import (
   load_sft_records,
 )
 from mrjax.data.tokenization import load_tokenizer
+from mrjax.lora import masks
 from mrjax.losses.tokens import cross_entropy
 from mrjax.models.decoder import REMAT_POLICIES, Decoder
 from mrjax.runs import common
@@ -129,7 +130,9 @@ def run(config: Config) -> dict[str, Any]:
 def make_loss_fn(decoder: Decoder):
   """Next-token cross-entropy of the supervised tokens, as a `step.LossFn`."""
 
-  def loss_fn(params, batch):
+  def loss_fn(trainable, frozen, batch, key):
+    del key  # nothing here is random
+    params = masks.merge(trainable, frozen)
     logits_BTV: Any = decoder.apply(
       {'params': params}, batch['tokens'], segments_BT=batch['segments']
     )
@@ -183,7 +186,9 @@ def _train(
     source.config, dtype=common.resolve_dtype(config.dtype), remat=config.remat
   )
   train_step = jax.jit(
-    functools.partial(step.train_step, loss_fn=make_loss_fn(decoder), tx=tx),
+    functools.partial(
+      step.train_step, loss_fn=make_loss_fn(decoder), tx=tx, seed=config.seed
+    ),
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
@@ -202,7 +207,7 @@ def _train(
   try:
     loop.fit(
       state,
-      train_step,
+      lambda state, batch: train_step(state, {}, batch),
       lambda i: make_batch(examples, config, i),
       mesh=mesh,
       start_step=start,

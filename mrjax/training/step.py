@@ -14,15 +14,19 @@ from mrjax.training.optimizer import state_specs
 
 PyTree = Any
 Batch = dict[str, jax.Array]
-# (params, batch) -> (summed loss, (weight, metrics)). The loss of a step is the sum
-# over all its micro-batches divided by the summed weight (tokens, or pairs), so that
-# accumulation, padding and mesh never change it. Metrics are sums, divided likewise.
-LossFn = Callable[[PyTree, Batch], tuple[jax.Array, tuple[jax.Array, dict]]]
+# (trainable, frozen, batch, key) -> (summed loss, (weight, metrics)). A step's loss is
+# the sum over all its micro-batches divided by the summed weight (tokens, or pairs), so
+# that accumulation, padding and mesh never change it. Metrics are sums, divided
+# likewise. Only `trainable` is differentiated. `key` is for dropout: a function of the
+# seed, the step and the micro-batch.
+LossFn = Callable[
+  [PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, dict]]
+]
 
 
 class TrainState(flax.struct.PyTreeNode):
   step: Any  # int32 scalar, optimizer steps done
-  params: PyTree
+  params: PyTree  # what trains; frozen weights are no part of the state
   opt_state: PyTree
 
 
@@ -47,15 +51,23 @@ def state_shardings(
 
 
 def train_step(
-  state: TrainState, batch: Batch, *, loss_fn: LossFn, tx: optax.GradientTransformation
+  state: TrainState,
+  frozen: PyTree,
+  batch: Batch,
+  *,
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  seed: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimizer step over all micro-batches.
 
   Args:
     state: Updated state is returned; donate the old one.
+    frozen: What the loss reads beside the trainable parameters; `{}` where all train.
     batch: Arrays with leading axes [A, B]: A micro-batches of B rows.
     loss_fn: See `LossFn`.
     tx: The optimizer.
+    seed: Of the random stream that `loss_fn` gets.
 
   Returns:
     The new state, and float32 scalars: `loss`, `weight`, `grad_norm` (before
@@ -63,19 +75,23 @@ def train_step(
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def one(micro):
-    (loss, (weight, metrics)), grads = grad_fn(state.params, micro)
+  step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+  def one(index, micro):
+    key = jax.random.fold_in(step_key, index)
+    (loss, (weight, metrics)), grads = grad_fn(state.params, frozen, micro, key)
     return grads, {'loss': loss, 'weight': weight} | metrics
 
   first = jax.tree.map(lambda x: x[0], batch)
-  if jax.tree.leaves(batch)[0].shape[0] == 1:
-    grads, totals = one(first)
+  num_micro = jax.tree.leaves(batch)[0].shape[0]
+  if num_micro == 1:
+    grads, totals = one(0, first)
   else:
     zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first)
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0, first)
     )
-    add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(micro)), None)
-    (grads, totals), _ = jax.lax.scan(add, zeros, batch)
+    add = lambda sums, xs: (jax.tree.map(jnp.add, sums, one(*xs)), None)
+    (grads, totals), _ = jax.lax.scan(add, zeros, (jnp.arange(num_micro), batch))
   weight = totals.pop('weight')
   grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
   metrics = {name: total / weight for name, total in totals.items()}
