@@ -5,27 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrjax.data.order import batch_indices, epoch_of, epoch_permutation, process_slice
+from mrjax.data.order import batch_places, epoch_permutation
 
-SIZES = {'batch_size': st.integers(1, 13), 'num_records': st.integers(1, 29)}
+SIZES = {'batch_size': st.integers(1, 13), 'num_rows': st.integers(1, 29)}
 
 
-@given(seed=st.integers(0, 2**40), start=st.integers(0, 50), **SIZES)
-def test_every_record_comes_once_an_epoch(seed, start, batch_size, num_records):
-  steps = range(3 * num_records // batch_size + 2)
-  stream = np.concatenate(
-    [
-      batch_indices(seed, step, batch_size=batch_size, num_records=num_records)
-      for step in steps
-    ]
-  )
-  for epoch in range(len(stream) // num_records):
-    part = stream[epoch * num_records : (epoch + 1) * num_records]
-    assert sorted(part) == list(range(num_records))
+@given(start=st.integers(0, 50), **SIZES)
+def test_every_place_comes_once_an_epoch(start, batch_size, num_rows):
+  steps = range(3 * num_rows // batch_size + 2)
+  stream = [
+    place
+    for step in steps
+    for place in zip(*batch_places(step, batch_size=batch_size, num_rows=num_rows))
+  ]
+  assert stream == [divmod(i, num_rows) for i in range(len(stream))]
   # A later step needs no earlier one.
   step = start % len(steps)
-  again = batch_indices(seed, step, batch_size=batch_size, num_records=num_records)
-  assert (again == stream[step * batch_size : (step + 1) * batch_size]).all()
+  again = batch_places(step, batch_size=batch_size, num_rows=num_rows)
+  assert list(zip(*again)) == stream[step * batch_size : (step + 1) * batch_size]
 
 
 def test_the_order_is_pinned():
@@ -49,33 +46,22 @@ def test_the_order_is_random():
   assert ((counts - 200) ** 2 / 200).sum() < 30  # p < 0.0005 by chance
 
 
+def test_streams_are_other_orders():
+  first, second = (epoch_permutation(3, 1, 30, stream=i) for i in (0, 1))
+  assert sorted(first) == sorted(second) == list(range(30))
+  assert (first != second).any()
+
+
 def test_a_far_step_costs_no_more():
-  far = batch_indices(1, 10**12, batch_size=5, num_records=11)
-  place = 5 * 10**12
-  order = epoch_permutation(1, place // 11, 11)
-  assert far[0] == order[place % 11]
-
-
-@pytest.mark.parametrize('process_count', [1, 2, 3, 6])
-def test_processes_share_the_same_batch(process_count):
-  batch = batch_indices(1, 4, batch_size=12, num_records=31)
-  parts = [
-    process_slice(batch, process_index=i, process_count=process_count)
-    for i in range(process_count)
-  ]
-  assert (np.concatenate(parts) == batch).all()
-
-
-def test_epoch_of():
-  assert epoch_of(3, batch_size=4, num_records=8) == 1.5
+  epochs, places = batch_places(10**12, batch_size=5, num_rows=11)
+  assert (epochs[0], places[0]) == divmod(5 * 10**12, 11)
 
 
 def test_errors():
-  with pytest.raises(ValueError, match='does not divide among 5'):
-    process_slice(np.arange(12), process_index=0, process_count=5)
   with pytest.raises(ValueError, match='nothing to put in order'):
-    batch_indices(0, 0, batch_size=2, num_records=0)
+    epoch_permutation(0, 0, 0)
   with pytest.raises(ValueError, match='want numbers >= 0'):
     epoch_permutation(-1, 0, 3)
-  with pytest.raises(ValueError, match='batch_size=0'):
-    batch_indices(0, 0, batch_size=0, num_records=3)
+  for bad in ({'batch_size': 0}, {'num_rows': 0}, {'step': -1}):
+    with pytest.raises(ValueError, match=f'{next(iter(bad))}='):
+      batch_places(**({'step': 0, 'batch_size': 2, 'num_rows': 3} | bad))

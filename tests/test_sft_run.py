@@ -16,6 +16,7 @@ import pytest
 
 from mrjax import trees
 from mrjax.checkpoint.source import resolve_model
+from mrjax.data.batches import TextBatches
 from mrjax.data.sft import load_sft_records
 from mrjax.records import write_jsonl
 from mrjax.runs import common, sft
@@ -85,15 +86,15 @@ def test_stop_and_resume_on_the_same_mesh_is_bit_identical(whole_run, tmp_path):
     pass
 
   made = config(tmp_path, save_every=1)
-  original = sft.make_batch
+  original = TextBatches.__call__
 
-  def stops(examples, cfg, index):
-    if index == 2:
+  def stops(self, step):
+    if step == 2:
       raise StopError
-    return original(examples, cfg, index)
+    return original(self, step)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sft, 'make_batch', stops)
+    patch.setattr(TextBatches, '__call__', stops)
     with pytest.raises(StopError):
       sft.run(made)
   sft.run(made)
@@ -262,4 +263,4 @@ def test_a_foreign_directory_is_never_deleted(tmp_path):
 def test_a_non_finite_loss_names_its_records(tmp_path):
   with pytest.raises(FloatingPointError, match='The loss of step') as caught:
     sft.run(config(tmp_path, learning_rate=1e30, clip_norm=0.0, num_steps=6))
-  assert 'Its records (counted from 0): ' in caught.value.__notes__[0]
+  assert 'Its records: arithmetic-train-' in caught.value.__notes__[0]

@@ -139,7 +139,8 @@ def sft_step(name: str, devices=None) -> Program:
   state = sft_state(config, tx)
   shardings = step.state_shardings(state.params, tx, mesh)
   by_row = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-  dtypes = {'tokens': jnp.int32, 'segments': jnp.int32, 'loss_mask': jnp.bool_}
+  dtypes = dict.fromkeys(('tokens', 'segments', 'positions'), jnp.int32)
+  dtypes['loss_mask'] = jnp.bool_
   batch = {
     key: jax.ShapeDtypeStruct((1, *case.train_shape), dtype, sharding=by_row)
     for key, dtype in dtypes.items()
@@ -250,7 +251,7 @@ def test_the_sft_step_compiles_for_a_slice(compiler, name):
   # Weights and both moments are split over all chips: only vectors are whole on each.
   state_bytes = trees.num_bytes(sft_state(config, make_tx()))
   assert state_bytes == pytest.approx(6 * weight_bytes(name), rel=1e-5)
-  batch_bytes = math.prod(CASES[name].train_shape) * (4 + 4 + 1) / NUM_CHIPS
+  batch_bytes = math.prod(CASES[name].train_shape) * (4 + 4 + 4 + 1) / NUM_CHIPS
   split = state_bytes / NUM_CHIPS + batch_bytes
   assert split < memory.arguments < CASES[name].padding * split
   # The new state is written over the old one.

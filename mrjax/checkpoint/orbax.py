@@ -8,10 +8,11 @@ A model checkpoint is a directory of
 
 and a training run keeps `hf/` beside `checkpoints/STEP/`, whose `params/` has the same
 form. A directory with its final name is whole: both are written aside and renamed.
+Every step also holds checksums of its arrays, so that damage done later is found.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +22,31 @@ import orbax.checkpoint as ocp
 
 from mrjax import trees
 from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.fingerprint import checksums
 
 PyTree = Any
 MARKER = 'mrjax.json'
 FORMAT_VERSION = 1
 _METADATA = 'metadata'
+_CHECKSUMS = 'checksums'
+
+
+class _Preservation:
+  """Keeps the last steps, every so many steps, and those that were named."""
+
+  def __init__(self, keep_last: int | None, keep_every: int):
+    self._keep_last, self._keep_every = keep_last, keep_every
+    self.named: frozenset[int] = frozenset()
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    recent = len(checkpoints) - (self._keep_last or len(checkpoints))
+    return [
+      i >= recent
+      or info.step in self.named
+      or bool(self._keep_every and info.step % self._keep_every == 0)
+      for i, info in enumerate(checkpoints)
+    ]
 
 
 class CheckpointStore:
@@ -36,7 +57,12 @@ class CheckpointStore:
   """
 
   def __init__(
-    self, run_dir: str | Path, *, hf_dir: str | Path, keep_last: int | None = None
+    self,
+    run_dir: str | Path,
+    *,
+    hf_dir: str | Path,
+    keep_last: int | None = None,
+    keep_every: int = 0,
   ):
     """Opens a run, or begins one.
 
@@ -45,6 +71,7 @@ class CheckpointStore:
       hf_dir: Whose config.json, tokenizer and their kin a new run takes over, so that
         its checkpoints are models by themselves.
       keep_last: Checkpoints that stay, older ones are deleted; None keeps all.
+      keep_every: Steps that are a multiple of it stay too; 0 for none.
     """
     run_dir = Path(run_dir).absolute()
     self.directory = run_dir / 'checkpoints'
@@ -52,10 +79,11 @@ class CheckpointStore:
       with new_directory(run_dir / 'hf', marker='config.json') as partial:
         if jax.process_index() == 0:
           copy_side_files(hf_dir, partial)
+    self._preservation = _Preservation(keep_last, keep_every)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep_last, cleanup_tmp_directories=True
+        preservation_policy=self._preservation, cleanup_tmp_directories=True
       ),
     )
 
@@ -82,9 +110,20 @@ class CheckpointStore:
     return self.directory / str(step)
 
   def save(
-    self, step: int, items: Mapping[str, PyTree], metadata: Mapping[str, Any]
+    self,
+    step: int,
+    items: Mapping[str, PyTree],
+    metadata: Mapping[str, Any],
+    *,
+    keep: Collection[int] = (),
   ) -> None:
     """Starts saving trees of arrays by name (one is `params`), and a JSON object.
+
+    Args:
+      step: Above all saved ones.
+      items: What to save.
+      metadata: To go with it.
+      keep: Steps that stay, however old they are.
 
     Raises:
       CheckpointError: `step` is not above all saved steps.
@@ -95,7 +134,9 @@ class CheckpointStore:
         f'{self.directory} holds step {latest} already; want a later one than {step}.'
       )
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    args[_METADATA] = ocp.args.JsonSave(dict(metadata))
+    sums = {name: checksums(tree) for name, tree in items.items()}
+    args[_METADATA] = ocp.args.JsonSave(dict(metadata) | {_CHECKSUMS: sums})
+    self._preservation.named = frozenset(keep)
     self._manager.save(step, args=ocp.args.Composite(**args))
 
   def restore(self, step: int, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -107,18 +148,42 @@ class CheckpointStore:
         the arrays shall live, and in which dtype.
 
     Raises:
-      CheckpointError: No such step, a tree of other names or shapes, damaged files.
+      CheckpointError: No such step, a tree of other names or shapes, damaged files, or
+        numbers that are not those that were saved.
     """
-    self._check(step)
-    return {
-      name: load_tree(self.path(step) / name, like) for name, like in items.items()
-    }
+    sums = self._metadata(step).get(_CHECKSUMS, {})
+    trees_by_name = {}
+    for name, like in items.items():
+      path = self.path(step) / name
+      tree = trees_by_name[name] = load_tree(path, like)
+      stored = tree_shapes(path)
+      for leaf, sum_ in checksums(tree).items():
+        cast = trees.flatten(tree)[leaf].dtype != stored[leaf].dtype
+        if not cast and sum_ != sums.get(name, {}).get(leaf, sum_):
+          raise CheckpointError(
+            f'{path} is damaged: {leaf} holds other numbers than were saved.'
+          )
+    return trees_by_name
 
   def metadata(self, step: int) -> dict[str, Any]:
-    """The JSON object that was saved with a step."""
+    """The JSON object that was saved with a step.
+
+    Raises:
+      CheckpointError: No such step, or damaged files.
+    """
+    metadata = self._metadata(step)
+    metadata.pop(_CHECKSUMS, None)
+    return metadata
+
+  def _metadata(self, step: int) -> dict[str, Any]:
     self._check(step)
     composite = ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()})
-    return dict(self._manager.restore(step, args=composite)[_METADATA])
+    try:
+      return dict(self._manager.restore(step, args=composite)[_METADATA])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise CheckpointError(
+        f'{self.path(step)} is damaged: {_first_line(error)}'
+      ) from None
 
   def wait(self) -> None:
     """Returns when all saves are on disk; raises what went wrong in the background."""

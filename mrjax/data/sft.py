@@ -27,11 +27,12 @@ class Example:
   """One training text.
 
   `ids` is int32 [T]. `loss_mask` is bool [T]: True on the tokens to be predicted, which
-  are those of the completion and its EOS.
+  are those of the completion and its EOS. `where` names its record in messages.
   """
 
   ids: np.ndarray
   loss_mask: np.ndarray
+  where: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,9 @@ def encode_sft(
         f'{record.where}: no supervised token among {len(ids)}; the completion is '
         f'empty or lies behind max_length={max_length}'
       )
-    examples.append(Example(np.array(ids, np.int32), np.array(loss_mask, bool)))
+    examples.append(
+      Example(np.array(ids, np.int32), np.array(loss_mask, bool), record.where)
+    )
   if not examples:
     raise ValueError(f'all {dropped} records are longer than max_length={max_length}')
   logging.info(

@@ -99,6 +99,7 @@ def run(config: Config) -> dict[str, Any]:
     raise common.OutputError(
       f'{output_dir} exists. Choose another --output_dir, or pass --overwrite.'
     )
+  common.make_folder(output_dir.parent, output=output_dir)
   num_texts = config.num_steps * config.batch_size
   problems = _problems(num_texts, config.seed)
   pairs = [
@@ -210,7 +211,7 @@ def _train(config: Config, decoder_config: DecoderConfig, examples):
     functools.partial(step.train_step, loss_fn=make_loss_fn(decoder), tx=tx),
     donate_argnums=0,
   )
-  state = loop.fit(
+  _, state = loop.fit(
     step.init_state(params, tx),
     lambda state, batch: train_step(state, {}, batch),
     lambda i: _batch(examples, i, config.batch_size, config.seed),

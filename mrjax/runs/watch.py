@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class TrainingWatch:
     self._window: list[dict[str, float]] = []
     self._last: dict[str, float] = {}
     self._tokens, self._seconds = 0.0, 0.0
+    self._done = start_step
     self._log: MetricsLog | None = None
     self._bar: Any = None
     if jax.process_index() == 0:
@@ -53,6 +54,7 @@ class TrainingWatch:
       self._tokens += metrics['tokens']
       self._seconds += metrics['seconds']
     self._last = metrics
+    self._done = done
     self._window.append(metrics)
     if self._bar:
       self._bar.update()
@@ -77,10 +79,18 @@ class TrainingWatch:
       text = ' '.join(f'{name} {value:.4g}' for name, value in line.items())
       logging.info('step %d/%d %s', done, self._num_steps, text)
 
+  def evaluated(self, done: int, metrics: Mapping[str, float]) -> None:
+    """Takes what an evaluation after step `done` found; names get `eval_` in front."""
+    line = {f'eval_{name}': value for name, value in metrics.items()}
+    if self._log:
+      self._log.write(done, line)
+    text = ' '.join(f'{name} {value:.4g}' for name, value in line.items())
+    logging.info('step %d/%d %s', done, self._num_steps, text)
+
   def summary(self) -> dict[str, Any]:
     """Steps done, the last loss, and tokens a second without the first step."""
     return {
-      'steps': self._num_steps,
+      'steps': self._done,
       'loss': self._last['loss'],
       'tokens_per_second': self._tokens / self._seconds if self._seconds else None,
     }

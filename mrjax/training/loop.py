@@ -46,9 +46,12 @@ def fit(
   on_step: Callable[[int, dict[str, float]], None],
   save: Callable[[int, TrainState], None],
   save_every: int = 0,
+  evaluate: Callable[[int, TrainState], None] | None = None,
+  eval_every: int = 0,
+  should_stop: Callable[[int], bool] = lambda done: False,
   profile: tuple[int, int, str] | None = None,
-) -> TrainState:
-  """Trains from `start_step` to `num_steps` and saves the last state.
+) -> tuple[int, TrainState]:
+  """Trains from `start_step` to `num_steps`, or a stop, and saves the last state.
 
   Metrics of a step are read after the next one is launched, so the devices never
   wait for the host; a state is saved only once its loss is known to be finite.
@@ -65,7 +68,14 @@ def fit(
       added.
     save: Called with the number of steps done and the state.
     save_every: Steps between saves; 0 saves at the end alone.
+    evaluate: Called likewise every `eval_every` steps, and before each save.
+    eval_every: Steps between evaluations; 0 evaluates before saves alone.
+    should_stop: Asked after each step, with the number of steps done; True ends the
+      training there. The state is saved then, without an evaluation.
     profile: First step, last step (excluded) and directory of a profiler trace.
+
+  Returns:
+    The number of steps done, and the state.
 
   Raises:
     NonFiniteLossError: Names the step; nothing is saved from there on.
@@ -98,10 +108,23 @@ def fit(
       if profile and done == profile[1]:
         finish_pending()
         stack.close()
-      if done == num_steps or (save_every and done % save_every == 0):
+      stop = done < num_steps and should_stop(done)
+      saves = stop or done == num_steps or _every(save_every, done)
+      evaluates = not stop and (saves or _every(eval_every, done))
+      if evaluate and evaluates:
+        finish_pending()
+        evaluate(done, state)
+        clock = time.perf_counter()
+      if saves:
         finish_pending()
         save(done, state)
-  return state
+      if stop:
+        return done, state
+  return num_steps, state
+
+
+def _every(period: int, done: int) -> bool:
+  return period > 0 and done % period == 0
 
 
 def _count(batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ Batch = dict[str, jax.Array]
 # the sum over all its micro-batches divided by the summed weight (tokens, or pairs), so
 # that accumulation, padding and mesh never change it. Metrics are sums, divided
 # likewise. Only `trainable` is differentiated. `key` is for dropout: a function of the
-# seed, the step and the micro-batch.
+# seed, the step and the micro-batch; None in an evaluation, where nothing is dropped.
 LossFn = Callable[
-  [PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[jax.Array, dict]]
+  [PyTree, PyTree, Batch, jax.Array | None], tuple[jax.Array, tuple[jax.Array, dict]]
 ]
 
 
@@ -99,3 +99,18 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   state = TrainState(state.step + 1, params, opt_state)
   return state, metrics | {'weight': weight, 'grad_norm': optax.tree.norm(grads)}
+
+
+def evaluate_step(
+  trainable: PyTree, frozen: PyTree, batch: Batch, *, loss_fn: LossFn
+) -> dict[str, jax.Array]:
+  """Sums of `loss`, `weight` and what `loss_fn` reports over all micro-batches [A, B].
+
+  A micro-batch after the other, so that an evaluation needs no more memory than a step.
+  """
+
+  def one(micro):
+    loss, (weight, metrics) = loss_fn(trainable, frozen, micro, None)
+    return {'loss': loss, 'weight': weight} | metrics
+
+  return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(one, batch))
