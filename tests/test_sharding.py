@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mrjax import trees
+from mrjax.lora import adapters
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder, unstack_layers
 from mrjax.sharding import mesh as mesh_lib
@@ -40,6 +41,7 @@ def shapes_of(config: DecoderConfig, **kwargs):
 def all_shapes():
   yield from (shapes_of(config_of(name)) for name in ARCHITECTURES)
   yield shapes_of(config_of('Llama'), num_value_outputs=5)
+  yield adapters.adapter_shapes(config_of('Llama'), adapters.LoraConfig(rank=5))
 
 
 def test_every_parameter_of_every_family_matches_one_rule_and_every_rule_is_used():

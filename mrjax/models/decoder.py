@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from mrjax.models.attention import NO_WINDOW, KVPart
 from mrjax.models.cache import KVCache
 from mrjax.models.config import DecoderConfig
-from mrjax.models.layers import DecoderLayer, LayerInputs, Linear, RMSNorm
+from mrjax.models.layers import (
+  DecoderLayer,
+  LayerInputs,
+  Linear,
+  LoraSettings,
+  RMSNorm,
+)
 from mrjax.models.rope import rope_angles
 from mrjax.sharding.mesh import BATCH_AXES, constrain
 
@@ -33,6 +39,9 @@ class Decoder(nn.Module):
     remat: `none` keeps all activations, `full` keeps each layer's input only.
     num_value_outputs: 0 for a language model; otherwise the width of a value head
       that replaces the language-model head (1, atoms, vocabulary, or their product).
+    lora_scale: `LoraConfig.scale` of the adapter that the parameters hold.
+    lora_dropout: Share of adapter inputs dropped, in training; above 0, `apply` needs
+      `rngs={'dropout': key}`.
   """
 
   config: DecoderConfig
@@ -40,9 +49,12 @@ class Decoder(nn.Module):
   scan_layers: bool = True
   remat: str = 'none'
   num_value_outputs: int = 0
+  lora_scale: float | None = None
+  lora_dropout: float = 0.0
 
   def setup(self):
     c = self.config
+    lora = LoraSettings(self.lora_scale, self.lora_dropout)
     self.embed = nn.Embed(
       c.vocab_size,
       c.hidden_size,
@@ -60,12 +72,12 @@ class Decoder(nn.Module):
       self.layers: Any = nn.scan(
         layer,
         variable_axes={'params': 0},
-        split_rngs={'params': True},
+        split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast),
         length=c.num_layers,
-      )(c, self.dtype)
+      )(c, self.dtype, lora)
     else:
-      self.layers = [layer(c, self.dtype) for _ in range(c.num_layers)]
+      self.layers = [layer(c, self.dtype, lora) for _ in range(c.num_layers)]
     self.final_norm = RMSNorm(c, c.hidden_size, self.dtype)
     if self.num_value_outputs:
       self.value_head = Linear(

@@ -1,11 +1,11 @@
 """The building blocks of the decoder, as flax.linen modules."""
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mrjax.models.attention import KVPart, attention, cached_attention
 from mrjax.models.config import DecoderConfig
@@ -19,6 +19,9 @@ _ACTIVATIONS = {
 }
 
 
+Dims = tuple[int, ...]
+
+
 class LayerInputs(NamedTuple):
   """What every layer reads beside the residual stream."""
 
@@ -28,18 +31,52 @@ class LayerInputs(NamedTuple):
   segments_BT: jax.Array
 
 
+class LoraSettings(NamedTuple):
+  """How adapters act where the parameters hold them.
+
+  Attributes:
+    scale: Factor of the adapter's product; None where adapters are not expected, and
+      parameters that hold one are then an error.
+    dropout: Share of the adapter's inputs that is dropped; above 0 the caller gives
+      `rngs={'dropout': key}`.
+  """
+
+  scale: float | None = None
+  dropout: float = 0.0
+
+
+def linear_dims(config: DecoderConfig) -> dict[str, tuple[Dims, Dims]]:
+  """Input and output dimensions of a layer's linear maps, by path in the layer."""
+  d, f = (config.hidden_size,), (config.intermediate_size,)
+  heads = (config.num_heads, config.head_dim)
+  kv_heads = (config.num_kv_heads, config.head_dim)
+  return {
+    'attn/q': (d, heads),
+    'attn/k': (d, kv_heads),
+    'attn/v': (d, kv_heads),
+    'attn/o': (heads, d),
+    'mlp/gate': (d, f),
+    'mlp/up': (d, f),
+    'mlp/down': (f, d),
+  }
+
+
 class Linear(nn.Module):
   """A product over the last `len(in_dims)` axes, computed in two dimensions.
 
   The kernel has shape [*in_dims, *out_dims]. Flattening rows before the product makes
   the backward pass two plain matrix products, which is faster on every backend.
+  Parameters that hold `lora_a` [*in_dims, R] and `lora_b` [R, *out_dims] beside the
+  kernel add `scale * dropout(x) @ lora_a @ lora_b` (Hu et al. 2021,
+  https://arxiv.org/abs/2106.09685).
   """
 
-  in_dims: tuple[int, ...]
-  out_dims: tuple[int, ...]
+  in_dims: Dims
+  out_dims: Dims
   use_bias: bool
   stddev: float
   dtype: Any
+  lora: LoraSettings = LoraSettings()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,14 +87,36 @@ class Linear(nn.Module):
       jnp.float32,
     )
     rows = x.shape[: x.ndim - len(self.in_dims)]
-    num_in = int(np.prod(self.in_dims))
-    kernel_2d = kernel.astype(self.dtype).reshape(num_in, -1)
-    y = x.astype(self.dtype).reshape(-1, num_in) @ kernel_2d
+    num_in = math.prod(self.in_dims)
+    x_2d = x.astype(self.dtype).reshape(-1, num_in)
+    y = x_2d @ kernel.astype(self.dtype).reshape(num_in, -1)
+    if self.has_variable('params', 'lora_a'):
+      y = y + self._adapter(x_2d)
     y = y.reshape(*rows, *self.out_dims)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, self.out_dims, jnp.float32)
       y = y + bias.astype(self.dtype)
     return y
+
+  def _adapter(self, x_2d: jax.Array) -> jax.Array:
+    if self.lora.scale is None:
+      raise ValueError(
+        f'{"/".join(self.path)} holds an adapter, but the decoder was made without '
+        'lora_scale. Give it the scale of the LoraConfig, or drop the adapter.'
+      )
+    if self.lora.dropout:
+      x_2d = nn.Dropout(self.lora.dropout, name='lora_dropout')(
+        x_2d, deterministic=False
+      )
+    num_in = math.prod(self.in_dims)
+    a_IR: Any = self.get_variable('params', 'lora_a')
+    b_RO: Any = self.get_variable('params', 'lora_b')
+    a_IR = a_IR.astype(self.dtype).reshape(num_in, -1)
+    b_RO = b_RO.astype(self.dtype).reshape(a_IR.shape[1], -1)
+    # The product with A is small: float32 here costs nothing and keeps what a low
+    # precision would round away before B.
+    h_2d = jnp.dot(x_2d, a_IR, preferred_element_type=jnp.float32) * self.lora.scale
+    return h_2d.astype(self.dtype) @ b_RO
 
 
 class RMSNorm(nn.Module):
@@ -86,18 +145,19 @@ class Attention(nn.Module):
 
   config: DecoderConfig
   dtype: Any
+  lora: LoraSettings = LoraSettings()
 
   def setup(self):
     c = self.config
-    d, h = (c.hidden_size,), c.head_dim
-    kw = {'stddev': c.initializer_range, 'dtype': self.dtype}
-    self.q = Linear(d, (c.num_heads, h), c.qkv_bias, **kw)
-    self.k = Linear(d, (c.num_kv_heads, h), c.qkv_bias, **kw)
-    self.v = Linear(d, (c.num_kv_heads, h), c.qkv_bias, **kw)
-    self.o = Linear((c.num_heads, h), d, c.output_bias, **kw)
+    dims = linear_dims(c)
+    kw: Any = {'stddev': c.initializer_range, 'dtype': self.dtype, 'lora': self.lora}
+    self.q = Linear(*dims['attn/q'], c.qkv_bias, **kw)
+    self.k = Linear(*dims['attn/k'], c.qkv_bias, **kw)
+    self.v = Linear(*dims['attn/v'], c.qkv_bias, **kw)
+    self.o = Linear(*dims['attn/o'], c.output_bias, **kw)
     if c.qk_norm:
-      self.q_norm = RMSNorm(c, h, self.dtype)
-      self.k_norm = RMSNorm(c, h, self.dtype)
+      self.q_norm = RMSNorm(c, c.head_dim, self.dtype)
+      self.k_norm = RMSNorm(c, c.head_dim, self.dtype)
 
   def project(self, x_BTD: jax.Array, inputs: LayerInputs):
     q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
@@ -152,14 +212,15 @@ class MLP(nn.Module):
 
   config: DecoderConfig
   dtype: Any
+  lora: LoraSettings = LoraSettings()
 
   def setup(self):
     c = self.config
-    d, f = (c.hidden_size,), (c.intermediate_size,)
-    kw = {'stddev': c.initializer_range, 'dtype': self.dtype}
-    self.gate = Linear(d, f, c.mlp_bias, **kw)
-    self.up = Linear(d, f, c.mlp_bias, **kw)
-    self.down = Linear(f, d, c.mlp_bias, **kw)
+    dims = linear_dims(c)
+    kw: Any = {'stddev': c.initializer_range, 'dtype': self.dtype, 'lora': self.lora}
+    self.gate = Linear(*dims['mlp/gate'], c.mlp_bias, **kw)
+    self.up = Linear(*dims['mlp/up'], c.mlp_bias, **kw)
+    self.down = Linear(*dims['mlp/down'], c.mlp_bias, **kw)
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     hidden_BTF = _ACTIVATIONS[self.config.activation](self.gate(x_BTD)) * self.up(x_BTD)
@@ -171,6 +232,7 @@ class DecoderLayer(nn.Module):
 
   config: DecoderConfig
   dtype: Any
+  lora: LoraSettings = LoraSettings()
 
   def setup(self):
     c = self.config
@@ -178,8 +240,8 @@ class DecoderLayer(nn.Module):
     self.attn_norm, self.mlp_norm = norm(), norm()
     if c.post_norms:
       self.post_attn_norm, self.post_mlp_norm = norm(), norm()
-    self.attn = Attention(c, self.dtype)
-    self.mlp = MLP(c, self.dtype)
+    self.attn = Attention(c, self.dtype, self.lora)
+    self.mlp = MLP(c, self.dtype, self.lora)
 
   def _finish(self, x_BTD, attended_BTD):
     c = self.config

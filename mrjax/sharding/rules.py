@@ -31,6 +31,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r'layer/mlp/(gate|up)/bias', P('tensor')),  # F
   (r'layer/mlp/down/kernel', P('tensor', 'fsdp')),  # F D
   (r'layer/mlp/down/bias', P(None)),  # D
+  # Adapters lie as the kernel beside them; the rank is never split.
+  (r'layer/attn/(q|k|v)/lora_a', P('fsdp', None)),  # D R
+  (r'layer/attn/(q|k|v)/lora_b', P(None, 'tensor', None)),  # R N H
+  (r'layer/attn/o/lora_a', P('tensor', None, None)),  # N H R
+  (r'layer/attn/o/lora_b', P(None, 'fsdp')),  # R D
+  (r'layer/mlp/(gate|up)/lora_a', P('fsdp', None)),  # D R
+  (r'layer/mlp/(gate|up)/lora_b', P(None, 'tensor')),  # R F
+  (r'layer/mlp/down/lora_a', P('tensor', None)),  # F R
+  (r'layer/mlp/down/lora_b', P(None, 'fsdp')),  # R D
 )
 
 
