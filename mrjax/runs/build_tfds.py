@@ -7,6 +7,7 @@ from typing import Any
 from mrjax.data import tfds_problems
 from mrjax.data.problems import load_problems, parse_spec
 from mrjax.records import Problem
+from mrjax.runs.common import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ def run(config: Config) -> dict[str, Any]:
   Raises:
     ValueError: Two sources for one split, a source without a split's name, bad data.
     FileExistsError: The set is there and `overwrite` is False.
+    OutputError: `output_dir` cannot be made.
   """
   splits: dict[str, list[Problem]] = {}
   for text in config.data:
@@ -36,6 +38,7 @@ def run(config: Config) -> dict[str, Any]:
     if split in splits:
       raise ValueError(f'--data={text!r}: split {split!r} is given twice')
     splits[split] = load_problems(spec, data_root=config.data_root, limit=config.limit)
+  make_folder(config.output_dir, output=config.output_dir)
   folder = tfds_problems.build(
     splits,
     name=config.name,

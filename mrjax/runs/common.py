@@ -1,6 +1,7 @@
 """What every run shares: its output directory, its log, its devices."""
 
 import dataclasses
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -42,14 +43,12 @@ def prepare_output_dir(
     resume: Accept the directory of an earlier run with the same configuration.
 
   Raises:
-    OutputError: The directory holds files and neither flag allows them; or it is to
-      be resumed and a field differs (both values are named).
+    OutputError: It cannot be made; it holds files and neither flag allows them; or it
+      is to be resumed and a field differs (both values are named).
   """
   if not str(path):
     raise OutputError('--output_dir is empty: name a directory for the results.')
   path = Path(path)
-  if path.exists() and not path.is_dir():
-    raise OutputError(f'{path} is a file; --output_dir wants a directory.')
   used = path.is_dir() and any(path.iterdir())
   if used and overwrite:
     if not (path / 'config.json').is_file():
@@ -68,13 +67,35 @@ def prepare_output_dir(
       )
     _check_same(path, fields)
     return path
-  path.mkdir(parents=True, exist_ok=True)
+  make_folder(path, output=path)
   write_json(path / 'config.json', {'config': fields} | environment())
   return path
 
 
+def make_folder(folder: str | Path, *, output: str | Path) -> None:
+  """Makes the folder that `output`, the value of a flag, is or will lie in.
+
+  Raises:
+    OutputError: It cannot be made.
+  """
+  folder = Path(folder)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    names = (str(name) for name in (folder, *folder.parents))
+    in_the_way = [n for n in names if os.path.lexists(n) and not os.path.isdir(n)]
+    reason = (
+      f'{in_the_way[0]} is a file, and a directory is needed there'
+      if in_the_way
+      else f'the directory {folder} cannot be made ({error.strerror})'
+    )
+    raise OutputError(
+      f'cannot write {output}: {reason}. Choose another output.'
+    ) from None
+
+
 def environment() -> dict[str, Any]:
-  """Package versions, git commit, device kind and command line of this process."""
+  """Time (UTC), package versions, git commit, device and command of this process."""
   versions: dict[str, str | None] = {}
   for name in _PACKAGES:
     try:
@@ -82,6 +103,7 @@ def environment() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
   facts: dict[str, Any] = {
+    'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'command': sys.argv,
     'versions': versions,
     'git_commit': _git_commit(),

@@ -1,6 +1,7 @@
 """Whole models from Hugging Face form to an mrjax checkpoint and back."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from mrjax.checkpoint import orbax
@@ -44,6 +45,7 @@ def import_hf(config: ImportConfig) -> dict[str, Any]:
   if source.params_dir is not None:
     raise ValueError(f'--hf_dir={config.hf_dir} is an mrjax checkpoint already.')
   dtype = _dtype(config.dtype)
+  common.make_folder(Path(config.output_dir).parent, output=config.output_dir)
   orbax.save_model(
     config.output_dir,
     source.load_params(make_mesh(config.mesh), dtype),
@@ -66,13 +68,15 @@ def export_hf(config: ExportConfig) -> dict[str, Any]:
     raise ValueError(f'--max_shard_gb={config.max_shard_gb}: want a positive number.')
   check_replaceable(config.output_dir, marker='config.json', overwrite=config.overwrite)
   source = resolve_model(config.checkpoint)
+  dtype = _dtype(config.dtype)
+  common.make_folder(Path(config.output_dir).parent, output=config.output_dir)
   save_hf(
     source.load_params(make_mesh(config.mesh)),
     source.config,
     source.hf_dir,
     config.output_dir,
     dtypes=source.dtypes,
-    dtype=_dtype(config.dtype),
+    dtype=dtype,
     max_shard_bytes=int(config.max_shard_gb * 1e9),
     overwrite=config.overwrite,
   )

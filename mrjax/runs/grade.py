@@ -14,7 +14,7 @@ from mrjax.grading.rules import RULES, Rule, get_rule
 from mrjax.grading.tally import Tally
 from mrjax.grading.votes import VOTES
 from mrjax.records import DataError, Problem, Record
-from mrjax.runs.common import OutputError, write_json
+from mrjax.runs.common import OutputError, make_folder, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,8 @@ def check_output(path: str, *, overwrite: bool) -> None:
   """Makes the folder of an output file; refuses to replace one unasked.
 
   Raises:
-    OutputError: The file exists and `overwrite` is off, or it is a directory.
+    OutputError: The file exists and `overwrite` is off, it is a directory, or its
+      folder cannot be made.
   """
   if not path:
     return
@@ -115,7 +116,7 @@ def check_output(path: str, *, overwrite: bool) -> None:
     raise OutputError(f'{path} is a directory; the output is one file')
   if Path(path).exists() and not overwrite:
     raise OutputError(f'{path} exists; choose another output or pass --overwrite')
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  make_folder(Path(path).parent, output=path)
 
 
 def check_outputs(

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mrjax.runs.common import OutputError
+from mrjax.runs.common import OutputError, make_folder
 from mrjax.runs.report_inputs import read_run
 from mrjax.runs.report_page import GENERATOR, render_page
 
@@ -66,7 +66,8 @@ def run(config: Config) -> dict[str, Any]:
   Raises:
     FileNotFoundError: A run directory is missing or holds nothing to report.
     DataError: A damaged file of a run, by name and line.
-    OutputError: The output is a directory, or a file that is no report.
+    OutputError: The output is a directory, a file that is no report, or in a folder
+      that cannot be made.
   """
   output = Path(config.output)
   if output.is_dir():
@@ -80,9 +81,9 @@ def run(config: Config) -> dict[str, Any]:
   runs = [
     read_run(name, path, max_samples=config.max_samples) for name, path in paths.items()
   ]
+  make_folder(output.parent, output=output)
   # A flag with half a surrogate pair has no UTF-8; embedded data are escaped already.
   page = render_page(runs, title=config.title).encode('utf-8', errors='replace')
-  output.parent.mkdir(parents=True, exist_ok=True)
   temporary = output.with_name(f'.{output.name}.{os.getpid()}')
   temporary.write_bytes(page)
   os.replace(temporary, output)

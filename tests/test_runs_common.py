@@ -1,0 +1,106 @@
+"""Output directories and what is recorded of a run."""
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+
+from mrjax.data.arithmetic import generate_problems
+from mrjax.records import write_jsonl
+from mrjax.runs import (
+  build_tfds,
+  collect,
+  common,
+  convert,
+  grade,
+  pretrain,
+  report,
+  sample,
+  score,
+)
+from mrjax.runs.common import OutputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  rate: float = 0.5
+  output_dir: str = ''
+
+
+def test_a_resumed_run_keeps_the_time_of_its_start(tmp_path):
+  before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+  config = Config(output_dir=str(tmp_path / 'run'))
+  path = common.prepare_output_dir(config.output_dir, config, overwrite=False)
+  saved = json.loads((path / 'config.json').read_text())
+  started = datetime.datetime.fromisoformat(saved['started'])
+  assert before <= started <= datetime.datetime.now(datetime.UTC)
+  assert started.utcoffset() == datetime.timedelta(0)
+  assert saved['config'] == {'rate': 0.5, 'output_dir': config.output_dir}
+  earlier = json.dumps(saved | {'started': '2020-01-01T00:00:00+00:00'})
+  (path / 'config.json').write_text(earlier)
+  common.prepare_output_dir(path, config, overwrite=False, resume=True)
+  assert (path / 'config.json').read_text() == earlier
+
+
+def output_commands(output: Path, files: Path):
+  """Every run that writes, with `output` as its output."""
+  where, rows = str(output), str(files / 'rows.jsonl')
+  data = 'arithmetic:test?size=2'
+  grading = grade.Config(rule='gsm8k', input=rows, output=where)
+  return {
+    'sample': lambda: sample.run(
+      sample.Config(model='tiny-0.2m', data=data, output_dir=where)
+    ),
+    'score': lambda: score.run(
+      score.Config(model='tiny-0.2m', input=rows, output=where)
+    ),
+    'grade': lambda: grade.run(grading),
+    'grade --metrics': lambda: grade.run(
+      dataclasses.replace(grading, output=str(files / 'out.jsonl'), metrics=where)
+    ),
+    'collect': lambda: collect.run(
+      collect.Config(problems=data, samples=rows, output=where)
+    ),
+    'report': lambda: report.run(report.Config(runs=str(files / 'run'), output=where)),
+    'hf_to_orbax': lambda: convert.import_hf(
+      convert.ImportConfig(hf_dir='tiny-0.2m', output_dir=where)
+    ),
+    'orbax_to_hf': lambda: convert.export_hf(
+      convert.ExportConfig(checkpoint='tiny-0.2m', output_dir=where)
+    ),
+    'pretrain_tiny': lambda: pretrain.run(
+      pretrain.Config(size='tiny-0.2m', output_dir=where)
+    ),
+    'build_tfds': lambda: build_tfds.run(
+      build_tfds.Config(data=(data,), name='x', output_dir=where)
+    ),
+  }
+
+
+@pytest.mark.parametrize('command', output_commands(Path(), Path()))
+@pytest.mark.parametrize('below', ['x', 'x/y'])
+def test_an_output_below_a_file_is_refused(tmp_path, command, below):
+  problem = generate_problems('test', size=1)[0]
+  row = {'problem_id': problem.id, 'sample_index': 0, 'text': '#### 3', 'gold': '3'}
+  row |= {'prompt': 'Q:', 'completion': ' 3'}
+  write_jsonl(tmp_path / 'rows.jsonl', [row])
+  write_jsonl(tmp_path / 'run' / 'samples.jsonl', [row])
+  blocker = tmp_path / 'file'
+  blocker.write_text('keep me')
+  output = blocker / below
+  with pytest.raises(OutputError) as error:
+    output_commands(output, tmp_path)[command]()
+  assert str(error.value) == (
+    f'cannot write {output}: {blocker} is a file, and a directory is needed there. '
+    'Choose another output.'
+  )
+  assert blocker.read_text() == 'keep me'
+
+
+def test_a_file_is_no_output_directory(tmp_path):
+  path = tmp_path / 'file'
+  path.touch()
+  with pytest.raises(OutputError, match=f'cannot write {path}: {path} is a file'):
+    common.prepare_output_dir(path, Config(), overwrite=True, resume=True)
