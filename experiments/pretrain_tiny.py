@@ -58,7 +58,11 @@ def main(argv: Sequence[str]) -> None:
       overwrite=_OVERWRITE.value,
     )
   )
-  print(summary)
+  print(
+    f'{_OUTPUT_DIR.value}: {summary["size"]}, {summary["num_params"]:,} weights, last '
+    f'loss {summary["loss"]:.4f} after {summary["num_texts"]:,} texts '
+    f'({summary["num_tokens"]:,} tokens)'
+  )
 
 
 if __name__ == '__main__':

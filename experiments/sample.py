@@ -97,11 +97,27 @@ def parse_stops(values: Sequence[str]) -> tuple[str, ...]:
   )
 
 
+def describe(summary: dict[str, Any]) -> str:
+  """What `sample.run` returns, in one line or two."""
+  lines = [
+    f'{summary["output_dir"]}: {summary["num_rows"]:,} samples of '
+    f'{summary["num_problems"]:,} problems, {summary["num_new_rows"]:,} of them new; '
+    f'mean length {summary["mean_tokens"]:.1f} tokens, {summary["truncated"]:.2%} cut '
+    'at the length limit'
+  ]
+  if 'tokens_per_second' in summary:
+    lines.append(
+      f'{summary["tokens_per_second"]:,.0f} tokens/s; compiled '
+      f'{summary["num_programs"]} programs in {summary["compile_seconds"]:.1f} s'
+    )
+  return '\n'.join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
   values['stop'] = parse_stops(values['stop'])
-  print(sample.run(sample.Config(**values)))
+  print(describe(sample.run(sample.Config(**values))))
 
 
 if __name__ == '__main__':

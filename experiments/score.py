@@ -38,7 +38,12 @@ _FLAGS = (
 def main(argv: Sequence[str]) -> None:
   del argv
   values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
-  print(score.run(score.Config(**values)))
+  summary = score.run(score.Config(**values))
+  print(
+    f'{values["output"]}: {summary["num_records"]:,} records, '
+    f'{summary["num_tokens"]:,} tokens scored, mean log-probability '
+    f'{summary["mean_logprob"]:.4f} a token'
+  )
 
 
 if __name__ == '__main__':

@@ -87,11 +87,20 @@ _FLAGS = (
 )
 
 
+def describe(summary: dict[str, Any]) -> str:
+  """What `sft.run` returns, in one line."""
+  text = f'{summary["checkpoint"]}: {summary["steps"]:,} steps'
+  if 'loss' not in summary:
+    return f'{text}, done before'
+  text += f' on {summary["num_records"]:,} records, last loss {summary["loss"]:.4f}'
+  speed = summary['tokens_per_second']  # None after a single step
+  return text if speed is None else f'{text}, {speed:,.0f} tokens/s'
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   values: dict[str, Any] = {flag.name: flag.value for flag in _FLAGS}
-  summary = sft.run(sft.Config(**values))
-  print(summary)
+  print(describe(sft.run(sft.Config(**values))))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,10 @@
 """How every binary starts and how it fails: one clear line, no traceback."""
 
+import contextlib
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -38,10 +41,26 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(1)
 
   try:
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
   except SystemExit as stop:
     # absl ends --help with 1, which make and shells take for a failure.
     asked = {arg.lstrip('-') for arg in sys.argv[1:] if arg.startswith('-')}
     if asked & {'help', 'helpshort', 'helpfull', 'h', '?'} and stop.code == 1:
       sys.exit(0)
+    raise
+
+
+def _parse_flags(args: list[str]) -> list[str]:
+  """absl's parser, whose errors take two lines, with errors like all others."""
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      return app.parse_flags_with_usage(args)
+  except SystemExit:
+    text = ' '.join(said.getvalue().split()).partition(' Pass --helpshort')[0]
+    for prefix in ('FATAL Flags parsing error: ', 'ERROR:: '):
+      text = text.removeprefix(prefix)
+    text = re.sub(r'^flag (--\w+)=None: .*None\.$', r'\1 is missing.', text)
+    if text:  # nothing for --help
+      print(f'error: {text} (--help lists all flags)', file=sys.stderr)
     raise
