@@ -4,6 +4,7 @@ One JSON object a line, UTF-8. Whole files are written atomically; files that gr
 by line are repaired on open, so a killed process never leaves a half line behind.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -132,6 +133,8 @@ def read_numbered(
 ) -> Iterator[tuple[int, Record]]:
   """Yields (line number, record) of a JSON Lines file; blank lines are skipped.
 
+  So is a byte order mark, which editors on Windows put first.
+
   Args:
     path: The file.
     required: Fields every record must hold (null counts as missing).
@@ -148,6 +151,8 @@ def read_numbered(
   found = False
   with path.open('rb') as file:
     for number, line in enumerate(file, start=1):
+      if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
       if not line.strip():
         continue
       found = True

@@ -298,6 +298,7 @@ def test_the_training_solutions_vary_in_order():
   [
     ({'split': 'validation'}, 'no split'),
     ({'split': 'test', 'size': 0}, 'at least 1'),
+    ({'split': 'test', 'seed': -1}, 'seed=-1; want at least 0'),
     ({'split': 'test', 'form': 'mcq'}, 'no form'),
     ({'split': 'test', 'steps': (0,)}, 'from 1 to 6'),
     ({'split': 'test', 'steps': ()}, 'from 1 to 6'),

@@ -2,10 +2,15 @@
 
 import json
 import re
+import socket
+import time
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 
+from mrjax.data import hub as hub_module
 from mrjax.data import problems as problems_module
 from mrjax.data.arithmetic import generate_problems
 from mrjax.data.problems import DataSpec, Problem, load_problems, parse_spec
@@ -25,7 +30,13 @@ CSQA = {
 
 @pytest.fixture
 def offline(monkeypatch):
-  monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+  def refuse(address, timeout):
+    raise socket.gaierror(-2, 'Name or service not known')
+
+  monkeypatch.setattr(socket, 'create_connection', refuse)
+  monkeypatch.setattr(hub_module.urllib.request, 'getproxies', dict)
+  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+  monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'https://huggingface.co')
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,8 @@ def test_specifications(spec, parsed):
     ('arithmetic:validation', 'no split'),
     ('arithmetic:train?form=mcq', 'no form'),
     ('arithmetic:train?steps=7', 'from 1 to 6'),
+    ('arithmetic:train?steps=two', "steps='two'; want numbers, as in steps=1+2"),
+    ('arithmetic:train?seed=-1', 'seed=-1; want at least 0'),
     ('arithmetic:test?limit=0', 'limit=0'),
     ('gsm8k:dev', "gsm8k has no split 'dev', only train, test"),
   ],
@@ -78,6 +91,14 @@ def test_specifications(spec, parsed):
 def test_bad_specifications(spec, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     load_problems(spec)
+
+
+def test_a_bad_specification_is_named_once():
+  for option in ('size', 'seed', 'limit'):
+    spec = f'arithmetic:test?{option}=abc'
+    with pytest.raises(ValueError) as error:
+      load_problems(spec)
+    assert str(error.value) == f"--data={spec!r}: {option}='abc' is no whole number"
 
 
 def test_arithmetic():
@@ -216,6 +237,12 @@ def test_a_cut_public_file_is_named(tmp_path):
 # --- JSON Lines ----------------------------------------------------------------------
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_problem(tmp_path):
+  path = tmp_path / 'p.jsonl'
+  path.write_text('{"id": "1", "question": "q"}\n', encoding='utf-8-sig')
+  assert load_problems(f'jsonl:{path}') == [Problem('1', 'q')]
+
+
 def test_jsonl_round_trip(tmp_path):
   problems = generate_problems('test', size=11, form='choice')
   path = tmp_path / 'what?.jsonl'  # a question mark in a path is no query
@@ -268,6 +295,7 @@ def hub(monkeypatch):
     return datasets.Dataset.from_list(sets[repository, config])
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  monkeypatch.setattr(hub_module, 'why_offline', lambda: '')
   return sets
 
 
@@ -314,15 +342,60 @@ def test_hub_columns(hub):
     load_problems('hf:org/set:nope')
 
 
-def test_offline_says_what_to_do(offline, tmp_path):
+def test_offline_says_what_to_do(offline, tmp_path, monkeypatch):
+  monkeypatch.setattr(time, 'sleep', None)  # nothing is tried again
   with pytest.raises(FileNotFoundError) as error:
     load_problems('gsm8k:test', data_root=tmp_path)
   assert f'no gsm8k_test.jsonl or gsm8k/test.jsonl in --data_root={tmp_path}' in str(
     error.value
   )
-  assert 'check the name and the network, or use a local copy' in str(error.value)
+  assert 'no connection to huggingface.co: Name or service not known' in str(
+    error.value
+  )
+  assert str(error.value).endswith(
+    'or pass --data_root=FOLDER with a local copy, FOLDER/gsm8k_test.jsonl'
+  )
   with pytest.raises(FileNotFoundError, match='no --data_root was given'):
     load_problems('csqa:dev')
+  with pytest.raises(FileNotFoundError, match='local copy with jsonl:PATH'):
+    load_problems('hf:org/name:test')
+  assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_cached_set_is_read_without_a_network(offline, tmp_path, monkeypatch):
+  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  write_jsonl(tmp_path / 'rows.jsonl', [GSM8K])
+  files = {'test': str(tmp_path / 'rows.jsonl')}
+  builder = datasets.load_dataset_builder('json', 'main', data_files=files)
+  builder.download_and_prepare()
+  # As the hub's data set would lie in the cache: OWNER___NAME/CONFIG/VERSION/HASH.
+  made = Path(builder.cache_dir)
+  kept = tmp_path / 'cache/openai___gsm8k/main/0.0.0/0123456789abcdef'
+  kept.parent.mkdir(parents=True)
+  made.rename(kept)
+  for path in kept.glob('json-*'):
+    path.rename(kept / path.name.replace('json-', 'gsm8k-'))
+  info = json.loads((kept / 'dataset_info.json').read_text())
+  info |= {'dataset_name': 'gsm8k'}
+  (kept / 'dataset_info.json').write_text(json.dumps(info))
+  assert load_problems('gsm8k:test')[0].answer == '1234'
+
+
+def test_a_proxy_is_left_to_the_client_of_the_hub(offline, monkeypatch):
+  assert hub_module.why_offline().startswith('no connection to huggingface.co: ')
+  proxies = {'https': 'http://proxy:1'}
+  monkeypatch.setattr(hub_module.urllib.request, 'getproxies', lambda: proxies)
+  assert hub_module.why_offline() == ''
+
+
+def test_a_hub_that_takes_connections_is_asked(monkeypatch):
+  monkeypatch.setattr(hub_module.urllib.request, 'getproxies', dict)
+  monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    endpoint = f'http://127.0.0.1:{server.getsockname()[1]}'
+    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', endpoint)
+    assert hub_module.why_offline() == ''
+  assert hub_module.why_offline().startswith('no connection to 127.0.0.1: ')
 
 
 def test_an_empty_set_is_an_error(monkeypatch):

@@ -67,6 +67,21 @@ def test_blank_lines_and_crlf_are_no_records(tmp_path):
   assert list(read_numbered(path)) == [(2, {'a': 1}), (4, {'a': 2})]
 
 
+def test_a_byte_order_mark_is_skipped_where_a_file_begins(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  mark = b'\xef\xbb\xbf'
+  path.write_bytes(mark + b'{"a": 1}\n{"a": 2}\n')
+  assert list(read_numbered(path)) == [(1, {'a': 1}), (2, {'a': 2})]
+  path.write_bytes(mark + b'\n{"a": 1}\n')
+  assert list(read_numbered(path)) == [(2, {'a': 1})]
+  path.write_bytes(mark)
+  with pytest.raises(DataError, match='holds no record'):
+    list(read_numbered(path))
+  path.write_bytes(b'{"a": 1}\n' + mark + b'{"a": 2}\n')
+  with pytest.raises(DataError, match=r'rows\.jsonl:2: not valid JSON'):
+    list(read_numbered(path))
+
+
 @pytest.mark.parametrize(
   ('line', 'message'),
   [

@@ -29,7 +29,7 @@ _LETTERS = 'ABCDE'
 _MAX_MISSES = 20_000  # candidates in a row that are seen or of another split
 _ID = re.compile(
   r'arithmetic-(?P<split>train|dev|test)(-(?P<form>choice|boxed))?'
-  r'(-steps(?P<steps>[1-6](\+[1-6])*))?-(?P<seed>-?\d+)-(?P<number>\d+)'
+  r'(-steps(?P<steps>[1-6](\+[1-6])*))?-(?P<seed>\d+)-(?P<number>\d+)'
 )
 
 
@@ -56,7 +56,7 @@ def generate_problems(
   Args:
     split: 'train', 'dev' or 'test'.
     size: Number of problems; None is 2000 for train and 500 for dev and test.
-    seed: Another seed draws other problems of the same split.
+    seed: Another seed draws other problems of the same split; at least 0.
     form: 'open' (GSM8K: the last line is `#### n`), 'choice' (AQuA: five options, the
       last line is `#### B`) or 'boxed' (MATH: the last line is `\\boxed{n}`).
     steps: Numbers of steps wanted, each 1 to 6; None is all.
@@ -67,7 +67,7 @@ def generate_problems(
     ValueError: An unknown split or form, a bad number, or more problems asked for than
       there are.
   """
-  _check(split, size, form, steps)
+  _check(split, size, seed, form, steps)
   size = DEFAULT_SIZES[split] if size is None else size
   problems: list[Problem] = []
   seen: set[str] = set()
@@ -123,7 +123,7 @@ def distinct_solutions(problem: Problem) -> Iterator[str]:
 
 
 def _check(
-  split: str, size: int | None, form: str, steps: Sequence[int] | None
+  split: str, size: int | None, seed: int, form: str, steps: Sequence[int] | None
 ) -> None:
   if split not in _SPLIT_OF_PERCENT:
     raise ValueError(
@@ -131,6 +131,8 @@ def _check(
     )
   if size is not None and size < 1:
     raise ValueError(f'size={size} problems; want at least 1')
+  if seed < 0:
+    raise ValueError(f'seed={seed}; want at least 0')
   if form not in FORMS:
     raise ValueError(f'arithmetic has no form {form!r}, only {list(FORMS)}')
   if steps is not None and (not steps or not set(steps) <= set(STEP_WEIGHTS)):

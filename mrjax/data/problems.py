@@ -9,11 +9,13 @@ Every source takes `?limit=N`, which keeps the first N problems.
 """
 
 import dataclasses
+import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mrjax.data import arithmetic
+from mrjax.data.hub import load_hub
 from mrjax.data.public_sets import PUBLIC_SETS, PublicSet
 from mrjax.records import DataError, Problem, Record, read_numbered
 
@@ -140,7 +142,12 @@ def _load(
     return _load_public(parsed, PUBLIC_SETS[parsed.source], root)
   rows: Iterable[Record]
   if parsed.source == 'hf':
-    rows = load_hub(parsed.name, parsed.options.get('config'), parsed.split)
+    try:
+      rows = load_hub(parsed.name, parsed.options.get('config'), parsed.split)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f'--data={spec!r}: {error}, or read a local copy with jsonl:PATH'
+      ) from None
   else:
     from mrjax.data.tfds_problems import read_rows
 
@@ -150,8 +157,11 @@ def _load(
 
 
 def _load_arithmetic(spec: str, parsed: DataSpec, bound: int | None) -> list[Problem]:
-  steps = parsed.options.get('steps')
   size = _int_option(spec, parsed, 'size', None)
+  seed = _int_option(spec, parsed, 'seed', 0)
+  steps = parsed.options.get('steps')
+  if steps and not re.fullmatch(r'\d+([+,]\d+)*', steps):
+    raise ValueError(f'--data={spec!r}: steps={steps!r}; want numbers, as in steps=1+2')
   if size is not None and size > _MAX_GENERATED:
     raise ValueError(
       f'--data={spec!r}: size={size}; want at most {_MAX_GENERATED}, all of which '
@@ -164,9 +174,9 @@ def _load_arithmetic(spec: str, parsed: DataSpec, bound: int | None) -> list[Pro
     return arithmetic.generate_problems(
       parsed.split,
       size=size,
-      seed=_int_option(spec, parsed, 'seed', 0) or 0,
+      seed=seed or 0,
       form=parsed.options.get('form', 'open'),
-      steps=(steps and [int(n) for n in steps.replace('+', ',').split(',')]) or None,
+      steps=[int(n) for n in re.split('[+,]', steps)] if steps else None,
     )
   except ValueError as error:
     raise ValueError(f'--data={spec!r}: {error}') from None
@@ -216,9 +226,12 @@ def _load_public(parsed: DataSpec, kind: PublicSet, root: Path | None) -> list[P
       looked = (
         f'no {" or ".join(files)} in --data_root={root}'
         if root
-        else f'no --data_root was given (a folder with {files[0]})'
+        else 'no --data_root was given'
       )
-      raise FileNotFoundError(f'{source}:{split}: {looked}, and {error}') from None
+      raise FileNotFoundError(
+        f'{source}:{split}: {looked}, and {error}, or pass --data_root=FOLDER '
+        f'with a local copy, FOLDER/{files[0]}'
+      ) from None
     numbered = enumerate(rows, start=1)
     where = lambda line: f'{repository}:{hub_split} row {line - 1}'
   problems: list[Problem] = []
@@ -232,26 +245,6 @@ def _load_public(parsed: DataSpec, kind: PublicSet, root: Path | None) -> list[P
       dataclasses.replace(problem, id=f'{source}-{split}-{len(problems)}')
     )
   return problems
-
-
-def load_hub(repository: str, config: str | None, split: str) -> Iterable[Record]:
-  """Returns the rows of a data set on the Hugging Face hub.
-
-  Raises:
-    FileNotFoundError: Not there, or the hub cannot be reached.
-    ValueError: No such configuration or split.
-  """
-  import datasets
-
-  try:
-    return datasets.load_dataset(repository, config, split=split)
-  except ValueError as error:  # an unknown config or split; the message lists them
-    raise ValueError(f'{repository}: {error}') from None
-  except Exception as error:  # network libraries raise what they like
-    raise FileNotFoundError(
-      f'the hub did not give {repository!r} ({type(error).__name__}: '
-      f'{str(error)[:160]}); check the name and the network, or use a local copy'
-    ) from None
 
 
 def _from_columns(
