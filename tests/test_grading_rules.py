@@ -1,7 +1,9 @@
 r"""Every grading rule against the hand-checked cases of its paper's method."""
 
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,12 @@ def test_names():
   assert all(RULES[name].name == name for name in RULES)
   with pytest.raises(ValueError, match="unknown grading rule 'gsm'; one of gsm8k"):
     get_rule('gsm')
+
+
+def test_the_readme_says_what_every_rule_accepts():
+  readme = (Path(__file__).resolve().parents[1] / 'README.md').read_text('utf-8')
+  table = readme.partition('| rule |')[2].partition('\n\n')[0]
+  assert re.findall(r'^\| `(\w+)` \|', table, re.MULTILINE) == list(RULES)
 
 
 @pytest.mark.parametrize(
