@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mrjax import trees
-from mrjax.lora import adapters
+from mrjax.lora import adapters, quantization
+from mrjax.models import quantized
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder, unstack_layers
 from mrjax.sharding import mesh as mesh_lib
@@ -42,6 +43,9 @@ def all_shapes():
   yield from (shapes_of(config_of(name)) for name in ARCHITECTURES)
   yield shapes_of(config_of('Llama'), num_value_outputs=5)
   yield adapters.adapter_shapes(config_of('Llama'), adapters.LoraConfig(rank=5))
+  for kind in quantized.KINDS:
+    config = config_of('Llama', hidden_size=64, intermediate_size=192, head_dim=8)
+    yield quantization.quantized_shapes(shapes_of(config), config, kind)
 
 
 def test_every_parameter_of_every_family_matches_one_rule_and_every_rule_is_used():

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mrjax import trees
 from mrjax.checkpoint import layout, weights
 from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.placing import fill_devices, put_layers, to_host
+from mrjax.checkpoint.quantizing import load_quantized
 from mrjax.checkpoint.safetensors_files import (
   DTYPE_NAMES,
   DTYPES,
@@ -29,6 +30,7 @@ from mrjax.checkpoint.safetensors_files import (
   TensorSpec,
   write_safetensors,
 )
+from mrjax.lora.quantization import quantized_shapes
 from mrjax.models.config import DecoderConfig
 from mrjax.sharding.rules import param_shardings
 
@@ -39,7 +41,12 @@ _PIECE_BYTES = 32 << 20
 
 
 def load_hf(
-  directory: str | Path, config: DecoderConfig, mesh: Mesh, *, dtype: Any = None
+  directory: str | Path,
+  config: DecoderConfig,
+  mesh: Mesh,
+  *,
+  dtype: Any = None,
+  quantize: str | None = None,
 ) -> PyTree:
   """Parameters (scanned form) of a Hugging Face model, sharded over `mesh`.
 
@@ -53,6 +60,8 @@ def load_hf(
     mesh: Where to.
     dtype: Dtype of all parameters; None keeps what is stored (layers stored
       differently are widened to a type that holds them all exactly).
+    quantize: One of `quantized.KINDS`: the kernels of the layers are quantised from
+      what is stored as they are read; the rest has `dtype`.
 
   Raises:
     FileNotFoundError, CheckpointError: See `SafetensorsReader` and
@@ -61,14 +70,22 @@ def load_hf(
     MeshError: A dimension that does not divide over the mesh.
   """
   reader, spare = _open(directory, config)
-  shardings = trees.flatten(param_shardings(weights.param_shapes(config), mesh))
+  shapes = weights.param_shapes(config)
+  if quantize:
+    shapes = quantized_shapes(shapes, config, quantize)
+  shardings = trees.flatten(param_shardings(shapes, mesh))
   if weights.TIED_HEAD in spare:
     _check_tied_head(reader)
   leaves = {}
   # The embedding and the head need a whole tensor on the host, so they come first,
   # while there is little else.
   for rule in sorted(weights.rules_for(config), key=lambda rule: rule.stacked):
-    leaves[rule.ours] = _load_leaf(reader, rule, config, shardings[rule.ours], dtype)
+    if rule.ours in shardings:
+      leaves[rule.ours] = _load_leaf(reader, rule, config, shardings[rule.ours], dtype)
+    else:
+      assert quantize
+      read = functools.partial(_read_block, reader, rule, config)
+      leaves |= load_quantized(read, rule, config, quantize, shardings)
   params = trees.unflatten(leaves)
   logging.info(
     'Loaded %s: %.3f GB of parameters, peak host memory %.3f GB.',
@@ -147,7 +164,7 @@ def save_hf(
   def tensor(name: str) -> np.ndarray:
     entry = tensors[name]
     blocks = [
-      layout.to_hf(rule, config, _to_host(leaves[rule.ours], entry.layer))
+      layout.to_hf(rule, config, to_host(leaves[rule.ours], entry.layer))
       for rule in entry.rules
     ]
     whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
@@ -165,6 +182,15 @@ def _open(
   reader = SafetensorsReader(directory)
   found = {name: spec.shape for name, spec in reader.specs.items()}
   return reader, weights.check_tensors(config, found, where=str(directory))
+
+
+def _read_block(
+  reader: SafetensorsReader, rule: weights.WeightRule, config: DecoderConfig, layer: int
+) -> np.ndarray:
+  """The rule's block of a layer's tensor, as it is stored."""
+  start = weights.block_start(rule, config)
+  rows = slice(start, start + rule.block_shape(config)[0])
+  return reader.read(rule.hf.format(i=layer), (rows,))
 
 
 def _write_shards(
@@ -194,13 +220,6 @@ def _write_shards(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
 
 
-def _to_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
-  part = leaf if layer is None else leaf[layer]
-  if not part.is_fully_addressable:
-    part = multihost_utils.process_allgather(part, tiled=True)
-  return np.asarray(part)
-
-
 def _load_leaf(
   reader: SafetensorsReader,
   rule: weights.WeightRule,
@@ -211,8 +230,7 @@ def _load_leaf(
   """One leaf; the layers of a large one are put together on the devices.
 
   A whole stacked leaf in host memory could be more than an accelerator's host has, and
-  on a CPU would be a second copy. XLA owns every buffer (none aliases NumPy's memory),
-  so that training can donate them.
+  on a CPU would be a second copy.
   """
   names = [rule.hf.format(i=i) for i in range(config.num_layers if rule.stacked else 1)]
   if dtype is None:
@@ -230,7 +248,7 @@ def _load_leaf(
         read = functools.partial(reader.read, name)
         layout.read_ours(rule, config, index[len(lead) :], read, part)
 
-    return _fill_devices((*lead, *one), dtype, sharding, fill)
+    return fill_devices((*lead, *one), dtype, sharding, fill)
 
   fits = max(1, _PIECE_BYTES // (math.prod(one) * dtype.itemsize))
   # A divisor of the number of layers: all pieces then share one compiled update.
@@ -239,37 +257,9 @@ def _load_leaf(
     return piece(names)
   leaf = jnp.zeros((len(names), *one), dtype, device=sharding)
   for i in range(0, len(names), size):
-    leaf = _put_layers(leaf, piece(names[i : i + size]), i, sharding=sharding)
+    leaf = put_layers(leaf, piece(names[i : i + size]), i, sharding=sharding)
     leaf.block_until_ready()  # one piece in flight, not all of them
   return leaf
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames='sharding')
-def _put_layers(leaf, layers, i, *, sharding):
-  leaf = jax.lax.dynamic_update_slice_in_dim(leaf, layers, i, 0)
-  return jax.lax.with_sharding_constraint(leaf, sharding)
-
-
-def _fill_devices(
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  sharding: NamedSharding,
-  fill: Callable[[tuple[slice, ...], np.ndarray], None],
-) -> jax.Array:
-  """A sharded array; `fill(index, out)` runs once for each distinct local shard."""
-  homes: dict[tuple, list[jax.Device]] = {}
-  for device, index in sharding.addressable_devices_indices_map(shape).items():
-    bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), shape))
-    homes.setdefault(bounds, []).append(device)
-  shards = []
-  for bounds, devices in homes.items():
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    fill(tuple(slice(*bound) for bound in bounds), out)
-    shards += jax.block_until_ready(
-      [jax.device_put(out, device, may_alias=False) for device in devices]
-    )
-    del out  # before the next shard is read
-  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _check_tied_head(reader: SafetensorsReader) -> None:

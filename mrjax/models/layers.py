@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrjax.models import quantized
 from mrjax.models.attention import KVPart, attention, cached_attention
 from mrjax.models.config import DecoderConfig
 from mrjax.models.rope import apply_rope
@@ -68,7 +69,8 @@ class Linear(nn.Module):
   the backward pass two plain matrix products, which is faster on every backend.
   Parameters that hold `lora_a` [*in_dims, R] and `lora_b` [R, *out_dims] beside the
   kernel add `scale * dropout(x) @ lora_a @ lora_b` (Hu et al. 2021,
-  https://arxiv.org/abs/2106.09685).
+  https://arxiv.org/abs/2106.09685). Parameters that hold the leaves of a quantised
+  kernel in its place use that.
   """
 
   in_dims: Dims
@@ -80,16 +82,9 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param(
-      'kernel',
-      nn.initializers.normal(self.stddev),
-      (*self.in_dims, *self.out_dims),
-      jnp.float32,
-    )
     rows = x.shape[: x.ndim - len(self.in_dims)]
-    num_in = math.prod(self.in_dims)
-    x_2d = x.astype(self.dtype).reshape(-1, num_in)
-    y = x_2d @ kernel.astype(self.dtype).reshape(num_in, -1)
+    x_2d = x.astype(self.dtype).reshape(-1, math.prod(self.in_dims))
+    y = self._product(x_2d)
     if self.has_variable('params', 'lora_a'):
       y = y + self._adapter(x_2d)
     y = y.reshape(*rows, *self.out_dims)
@@ -97,6 +92,22 @@ class Linear(nn.Module):
       bias = self.param('bias', nn.initializers.zeros, self.out_dims, jnp.float32)
       y = y + bias.astype(self.dtype)
     return y
+
+  def _product(self, x_2d: jax.Array) -> jax.Array:
+    stored: Any = {
+      name: self.get_variable('params', name)
+      for name in quantized.LEAVES
+      if self.has_variable('params', name)
+    }
+    if stored:
+      return quantized.matmul(x_2d, stored)
+    kernel = self.param(
+      'kernel',
+      nn.initializers.normal(self.stddev),
+      (*self.in_dims, *self.out_dims),
+      jnp.float32,
+    )
+    return x_2d @ kernel.astype(self.dtype).reshape(x_2d.shape[1], -1)
 
   def _adapter(self, x_2d: jax.Array) -> jax.Array:
     if self.lora.scale is None:
@@ -108,10 +119,9 @@ class Linear(nn.Module):
       x_2d = nn.Dropout(self.lora.dropout, name='lora_dropout')(
         x_2d, deterministic=False
       )
-    num_in = math.prod(self.in_dims)
     a_IR: Any = self.get_variable('params', 'lora_a')
     b_RO: Any = self.get_variable('params', 'lora_b')
-    a_IR = a_IR.astype(self.dtype).reshape(num_in, -1)
+    a_IR = a_IR.astype(self.dtype).reshape(x_2d.shape[1], -1)
     b_RO = b_RO.astype(self.dtype).reshape(a_IR.shape[1], -1)
     # The product with A is small: float32 here costs nothing and keeps what a low
     # precision would round away before B.

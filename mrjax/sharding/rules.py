@@ -12,6 +12,10 @@ from mrjax.sharding.mesh import MeshError
 P = PartitionSpec
 PyTree = trees.PyTree
 
+# Linear maps whose outputs, or whose inputs, are split over `tensor`.
+_COLUMNS = r'layer/(attn/(q|k|v)|mlp/(gate|up))/'
+_ROWS = r'layer/(attn/o|mlp/down)/'
+
 # A path matches exactly one rule. Rules under `layer/` speak of one layer; stacked
 # layers get a leading axis of their own that is never split. Only vectors (norm scales,
 # biases of outputs) are replicated.
@@ -40,6 +44,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r'layer/mlp/(gate|up)/lora_b', P(None, 'tensor')),  # R F
   (r'layer/mlp/down/lora_a', P('tensor', None)),  # F R
   (r'layer/mlp/down/lora_b', P(None, 'fsdp')),  # R D
+  # Quantised kernels, as the kernels they stand for; small vectors of scales are whole.
+  (_COLUMNS + r'kernel_(nf4|absmax_codes|int8)', P('fsdp', 'tensor')),  # I O
+  (_COLUMNS + r'kernel_absmax', P('tensor')),  # O
+  (_ROWS + r'kernel_(nf4|absmax_codes|int8)', P('tensor', 'fsdp')),  # I O
+  (_ROWS + r'kernel_absmax', P('fsdp')),  # O
+  (r'layer/(attn|mlp)/\w+/kernel_absmax_scale', P(None)),  # M
+  (r'layer/(attn|mlp)/\w+/kernel_absmax_mean', P()),
 )
 
 
@@ -82,11 +93,17 @@ def param_shardings(params: PyTree, mesh: Mesh) -> PyTree:
         raise MeshError(
           f'{name} {tuple(leaf.shape)}: dimension {dim} of size {size} does not divide '
           f'over {"*".join(names)} = {parts}. Choose a --mesh whose '
-          f'{" and ".join(names)} size divides {size}.'
+          f'{" and ".join(names)} size divides {size}.{_note(name)}'
         )
     return NamedSharding(mesh, spec)
 
   return trees.map_named(sharding, params, param_specs(params))
+
+
+def _note(name: str) -> str:
+  if name.endswith('/kernel_absmax_codes'):
+    return ' Each stands for 64 weights, which may not be split.'
+  return ''
 
 
 def explain_sharding(params: PyTree, mesh: Mesh) -> str:
