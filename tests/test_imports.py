@@ -20,7 +20,7 @@ ALLOWED = {
   'methods': {'grading', 'data', 'records'},
   'trees': set(),
   'sharding': {'trees'},
-  'losses': set(),
+  'losses': {'sharding'},
   'models': {'sharding', 'trees'},
   'lora': {'models', 'sharding', 'trees'},
   'checkpoint': {'lora', 'models', 'sharding', 'trees'},

@@ -3,7 +3,7 @@
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')  # rows of a batch are split over both
@@ -76,9 +76,18 @@ def make_mesh(spec: str, devices=None) -> Mesh:
   )
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
   """Into how many parts the rows of a batch are split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def platform() -> str:
+  """Where what is being traced will run: 'cpu', 'gpu' or 'tpu'.
+
+  The devices of the mesh in force decide; they need not be of this machine.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
