@@ -44,8 +44,12 @@ class SafetensorsReader:
     specs: Dtype and shape of each tensor, by name.
   """
 
-  def __init__(self, directory: str | Path):
+  def __init__(self, directory: str | Path, *, file: str = ''):
     """Reads all headers, no data.
+
+    Args:
+      directory: A Hugging Face model's, or with `file` any.
+      file: The one file to read, where it is not a model's.
 
     Raises:
       FileNotFoundError: No directory, no safetensors, or a shard that the index names
@@ -56,7 +60,7 @@ class SafetensorsReader:
     self.directory = Path(directory)
     self.specs: dict[str, TensorSpec] = {}
     self._files: dict[str, Path] = {}
-    for path in _weight_files(self.directory):
+    for path in _one_file(self.directory, file) or _weight_files(self.directory):
       try:
         self._read_header(path)
       except SafetensorError as error:
@@ -125,6 +129,23 @@ def write_safetensors(
       file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
+def _one_file(directory: Path, file: str) -> list[Path]:
+  if file and not (directory / file).is_file():
+    _refuse_pickles(directory, 'PeftModel')
+    raise FileNotFoundError(f'{directory} holds no {file}.')
+  return [directory / file] if file else []
+
+
+def _refuse_pickles(directory: Path, loader: str) -> None:
+  pickles = [p.name for end in ('bin', 'pth', 'pt') for p in directory.glob(f'*.{end}')]
+  if pickles:
+    raise FileNotFoundError(
+      f'{directory} holds pickled weights only ({min(pickles)}); those can run code '
+      'when they are opened, so they are never read. Save them again as safetensors: '
+      f'{loader}.from_pretrained(...).save_pretrained(...).'
+    )
+
+
 def _weight_files(directory: Path) -> list[Path]:
   if not directory.is_dir():
     raise FileNotFoundError(
@@ -134,15 +155,7 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / SINGLE]
   index = directory / INDEX
   if not index.is_file():
-    pickles = [
-      p.name for end in ('bin', 'pth', 'pt') for p in directory.glob(f'*.{end}')
-    ]
-    if pickles:
-      raise FileNotFoundError(
-        f'{directory} holds pickled weights only ({min(pickles)}); those can run code '
-        'when they are opened, so they are never read. Save the model again as '
-        'safetensors: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).'
-      )
+    _refuse_pickles(directory, 'AutoModelForCausalLM')
     raise FileNotFoundError(
       f'{directory} holds neither {SINGLE} nor {INDEX}; want a Hugging Face model '
       'directory with its weights.'
