@@ -20,7 +20,9 @@ SHAPES = {
 
 def make_params():
   rng = np.random.default_rng(0)
-  return trees.unflatten({n: rng.normal(size=s) for n, s in SHAPES.items()})
+  return trees.unflatten(
+    {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+  )
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_padding():
   assert {name: (x.dtype.name, x.shape) for name, x in batch.items()} == {
     'tokens': ('int32', (2, 6)),
     'segments': ('int32', (2, 6)),
+    'positions': ('int32', (2, 6)),
     'loss_mask': ('bool', (2, 6)),
   }
   assert batch['tokens'].tolist() == [[1, 5, 2, 0, 0, 0], [1, 7, 8, 9, 2, 0]]
