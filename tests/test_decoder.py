@@ -91,26 +91,6 @@ def test_several_tokens_at_once_decode_like_one_by_one():
   np.testing.assert_array_equal(once.own_positions_BC, step_cache.own_positions_BC)
 
 
-def test_remat_changes_memory_alone():
-  plain, full = Decoder(CONFIG), Decoder(CONFIG, remat='full')
-  params = init(plain)
-
-  def loss(decoder):
-    return lambda p: jnp.square(decoder.apply({'params': p}, TOKENS)).mean()
-
-  want, want_grads = jax.value_and_grad(loss(plain))(params)
-  got, got_grads = jax.value_and_grad(loss(full))(params)
-  np.testing.assert_allclose(got, want, rtol=1e-6)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got_grads, want_grads
-  )
-
-
-def test_unknown_remat_is_refused():
-  with pytest.raises(ValueError, match="remat 'some' is unknown"):
-    init(Decoder(CONFIG, remat='some'))
-
-
 def test_low_precision_gives_float32_logits():
   decoder = Decoder(CONFIG, dtype=jnp.bfloat16)
   assert decoder.apply({'params': init(decoder)}, TOKENS).dtype == jnp.float32

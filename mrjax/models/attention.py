@@ -5,11 +5,24 @@ define who sees whom, so that blockwise kernels can skip what is masked. The ref
 backend here builds the boolean mask and runs everywhere.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mrjax.models.attention_blocks import BLOCK, block_attention
+from mrjax.models.attention_kernels import (
+  cudnn_attention,
+  cudnn_fault,
+  splash_attention,
+)
+from mrjax.sharding.mesh import BATCH_AXES, platform
+
+P = jax.sharding.PartitionSpec
+BACKENDS = ('auto', 'reference', 'blocks', 'splash', 'cudnn')
 
 _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 NO_WINDOW = 1 << 30
@@ -37,8 +50,13 @@ def attention(
   window: jax.Array | int,
   scale: float,
   softcap: float | None = None,
+  windows: Collection[int] = (),
+  backend: str = 'auto',
 ) -> jax.Array:
   """Causal self-attention over whole rows of packed or padded text, [B, T, N, H].
+
+  The places of a text are contiguous, and its positions count up by one. On a mesh
+  (`jax.set_mesh`) rows are split over the batch axes and heads over `tensor`.
 
   Args:
     q_BTNH: Queries; keys and values have K heads, each shared by N / K query heads.
@@ -49,10 +67,117 @@ def attention(
     window: Number of most recent positions visible, the query's own included.
     scale: Multiplies q.k.
     softcap: Where set, scores become softcap * tanh(scores / softcap) (Gemma 2).
+    windows: What `window` may be where it is no Python integer.
+    backend: See `choose_backend`.
 
   Returns:
     Outputs in the dtype of `q_BTNH`; rows of padding hold meaningless finite values.
   """
+  backend = choose_backend(
+    backend,
+    platform=platform(),
+    dtype=q_BTNH.dtype,
+    length=q_BTNH.shape[1],
+    head_dim=q_BTNH.shape[3],
+    softcap=softcap,
+  )
+  kwargs: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+  if backend == 'reference':
+    return reference_attention(
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      positions_BT=positions_BT,
+      segments_BT=segments_BT,
+      window=window,
+      **kwargs,
+    )
+  if isinstance(window, int):
+    windows = (window,)
+  attend = {
+    'blocks': functools.partial(block_attention, **kwargs),
+    'splash': functools.partial(splash_attention, windows=windows, **kwargs),
+    'cudnn': functools.partial(cudnn_attention, scale=scale),
+  }[backend]
+  return _on_mesh(attend)(q_BTNH, k_BTKH, v_BTKH, segments_BT, jnp.asarray(window))
+
+
+def choose_backend(
+  name: str,
+  *,
+  platform: str,
+  dtype: Any,
+  length: int,
+  head_dim: int,
+  softcap: float | None,
+) -> str:
+  """The backend that serves such an attention: `name`, or the best where it is `auto`.
+
+  - `reference`: plain, holds all T x T scores; `auto` for rows of up to 128 places.
+  - `blocks`: block-wise, in plain JAX; `auto` on CPUs.
+  - `splash`: the kernel for TPUs; `auto` there.
+  - `cudnn`: the kernel for GPUs; `auto` there, for bfloat16 without softcap.
+
+  Where the kernel of a platform cannot serve, `auto` says so in one line of the log
+  and takes `blocks`.
+
+  Raises:
+    ValueError: An unknown name, or a named kernel that cannot serve.
+  """
+  if name not in BACKENDS:
+    raise ValueError(f'attention backend {name!r}: want one of {", ".join(BACKENDS)}.')
+  kernel = name
+  if name == 'auto':
+    kernel = {'tpu': 'splash', 'gpu': 'cudnn'}.get(platform, 'blocks')
+    kernel = 'reference' if length <= BLOCK else kernel
+  if kernel in ('reference', 'blocks'):
+    return kernel
+  fault = None
+  if platform != {'splash': 'tpu', 'cudnn': 'gpu'}[kernel]:
+    fault = f'it does not run on a {platform}'
+  elif kernel == 'cudnn':
+    fault = cudnn_fault(dtype, length=length, head_dim=head_dim, softcap=softcap)
+  if fault is None:
+    return kernel
+  if name != 'auto':
+    raise ValueError(
+      f'attention backend {name!r} cannot serve: {fault}. Want auto or blocks.'
+    )
+  _warn_once(f'Attention runs block-wise in XLA, not by {kernel}: {fault}.')
+  return 'blocks'
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+  logging.warning(line)
+
+
+def _on_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`attend` by each device on its own rows and heads, on the mesh in force."""
+
+  def run(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
+    return attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, window=window)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run
+  rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, 'tensor', None)
+  specs = heads, heads, heads, rows, P()
+  return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
+
+
+def reference_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  *,
+  positions_BT: jax.Array,
+  segments_BT: jax.Array,
+  window: jax.Array | int,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """`attention` by definition, for texts in any order; holds all T x T scores."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)

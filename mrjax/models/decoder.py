@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mrjax.models import remat
 from mrjax.models.attention import NO_WINDOW, KVPart
 from mrjax.models.cache import KVCache
 from mrjax.models.config import DecoderConfig
@@ -24,7 +25,7 @@ from mrjax.models.layers import (
 from mrjax.models.rope import rope_angles
 from mrjax.sharding.mesh import BATCH_AXES, constrain
 
-REMAT_POLICIES = ('none', 'full')
+REMAT_POLICIES = remat.POLICIES
 
 
 class Decoder(nn.Module):
@@ -36,12 +37,13 @@ class Decoder(nn.Module):
     scan_layers: Stack the layers and scan over them. Compile time then does not grow
       with depth, which is right for training; decoding wants separate layers, since
       a scan would copy the whole cache at every token.
-    remat: `none` keeps all activations, `full` keeps each layer's input only.
+    remat: What a layer keeps for its backward pass: see `remat.POLICIES`.
     num_value_outputs: 0 for a language model; otherwise the width of a value head
       that replaces the language-model head (1, atoms, vocabulary, or their product).
     lora_scale: `LoraConfig.scale` of the adapter that the parameters hold.
     lora_dropout: Share of adapter inputs dropped, in training; above 0, `apply` needs
       `rngs={'dropout': key}`.
+    attention_backend: Of whole rows; see `attention.choose_backend`.
   """
 
   config: DecoderConfig
@@ -51,6 +53,7 @@ class Decoder(nn.Module):
   num_value_outputs: int = 0
   lora_scale: float | None = None
   lora_dropout: float = 0.0
+  attention_backend: str = 'auto'
 
   def setup(self):
     c = self.config
@@ -61,13 +64,9 @@ class Decoder(nn.Module):
       dtype=self.dtype,
       embedding_init=nn.initializers.normal(c.initializer_range),
     )
-    layer: Any = DecoderLayer
-    if self.remat == 'full':
-      layer = nn.remat(layer, prevent_cse=not self.scan_layers)
-    elif self.remat != 'none':
-      raise ValueError(
-        f'remat {self.remat!r} is unknown; want one of {REMAT_POLICIES}.'
-      )
+    layer = remat.remat_layer(
+      DecoderLayer, self.remat, prevent_cse=not self.scan_layers
+    )
     if self.scan_layers:
       self.layers: Any = nn.scan(
         layer,
@@ -75,9 +74,11 @@ class Decoder(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast),
         length=c.num_layers,
-      )(c, self.dtype, lora)
+      )(c, self.dtype, lora, self.attention_backend)
     else:
-      self.layers = [layer(c, self.dtype, lora) for _ in range(c.num_layers)]
+      self.layers = [
+        layer(c, self.dtype, lora, self.attention_backend) for _ in range(c.num_layers)
+      ]
     self.final_norm = RMSNorm(c, c.hidden_size, self.dtype)
     if self.num_value_outputs:
       self.value_head = Linear(

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mrjax.models import quantized
-from mrjax.models.attention import KVPart, attention, cached_attention
+from mrjax.models.attention import NO_WINDOW, KVPart, attention, cached_attention
 from mrjax.models.config import DecoderConfig
+from mrjax.models.remat import LAYER_INPUT
 from mrjax.models.rope import apply_rope
 from mrjax.sharding.mesh import BATCH_AXES, constrain
 
@@ -156,6 +158,7 @@ class Attention(nn.Module):
   config: DecoderConfig
   dtype: Any
   lora: LoraSettings = LoraSettings()
+  backend: str = 'auto'
 
   def setup(self):
     c = self.config
@@ -190,6 +193,8 @@ class Attention(nn.Module):
       window=window,
       scale=self.config.attention_scale,
       softcap=self.config.attention_softcap,
+      windows=[w or NO_WINDOW for w in self.config.layer_windows],
+      backend=self.backend,
     )
     return self.o(out_BTNH), (k_BTKH, v_BTKH)
 
@@ -243,6 +248,7 @@ class DecoderLayer(nn.Module):
   config: DecoderConfig
   dtype: Any
   lora: LoraSettings = LoraSettings()
+  attention_backend: str = 'auto'
 
   def setup(self):
     c = self.config
@@ -250,7 +256,7 @@ class DecoderLayer(nn.Module):
     self.attn_norm, self.mlp_norm = norm(), norm()
     if c.post_norms:
       self.post_attn_norm, self.post_mlp_norm = norm(), norm()
-    self.attn = Attention(c, self.dtype, self.lora)
+    self.attn = Attention(c, self.dtype, self.lora, self.attention_backend)
     self.mlp = MLP(c, self.dtype, self.lora)
 
   def _finish(self, x_BTD, attended_BTD):
@@ -264,6 +270,7 @@ class DecoderLayer(nn.Module):
     return constrain(x_BTD + fed_BTD, BATCH_AXES, None, None)
 
   def __call__(self, x_BTD, window, inputs: LayerInputs):
+    x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
     attended_BTD, _ = self.attn(self.attn_norm(x_BTD), window, inputs)
     return self._finish(x_BTD, attended_BTD), None
 
