@@ -16,6 +16,7 @@ import pytest
 
 from mrjax.checkpoint import orbax
 from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.store import CheckpointStore
 from mrjax.sharding.mesh import make_mesh
 from mrjax.sharding.rules import param_shardings
 
@@ -93,10 +94,10 @@ def test_a_step_holds_the_whole_state_and_its_metadata(run_dir, hf_dir):
   mesh = make_mesh('fsdp:8')
   params = make_params(mesh)
   opt_state = optax.adamw(1e-3).init(params)
-  with orbax.CheckpointStore(run_dir, hf_dir=hf_dir) as store:
+  with CheckpointStore(run_dir, hf_dir=hf_dir) as store:
     assert store.latest_step() is None
     store.save(5, {'params': params, 'opt_state': opt_state}, {'seed': 3})
-  with orbax.CheckpointStore(run_dir, hf_dir=hf_dir) as store:
+  with CheckpointStore(run_dir, hf_dir=hf_dir) as store:
     assert store.latest_step() == 5
     assert store.metadata(5) == {'seed': 3}
     place = jax.tree.leaves(param_shardings(params, mesh))[0].mesh
@@ -119,7 +120,7 @@ def test_arrays_may_be_donated_while_they_are_being_saved(run_dir, hf_dir):
   mesh = make_mesh('data:1', jax.devices()[:1])
   params = {'final_norm': {'scale': jnp.arange(1 << 20, dtype=jnp.float32)}}
   double = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)
-  with orbax.CheckpointStore(run_dir, hf_dir=hf_dir) as store:
+  with CheckpointStore(run_dir, hf_dir=hf_dir) as store:
     for step in (1, 2, 3):
       store.save(step, {'params': params}, {})
       params = double(params)
@@ -133,7 +134,7 @@ def test_arrays_may_be_donated_while_they_are_being_saved(run_dir, hf_dir):
 
 def test_only_the_last_steps_are_kept(run_dir, hf_dir):
   params = make_params(make_mesh('data:8'))
-  with orbax.CheckpointStore(run_dir, hf_dir=hf_dir, keep_last=2) as store:
+  with CheckpointStore(run_dir, hf_dir=hf_dir, keep_last=2) as store:
     for step in (2, 9, 10):
       store.save(step, {'params': params}, {})
     store.wait()
@@ -149,7 +150,7 @@ import sys
 import jax
 jax.config.update('jax_platforms', 'cpu')
 import jax.numpy as jnp
-from mrjax.checkpoint.orbax import CheckpointStore
+from mrjax.checkpoint.store import CheckpointStore
 store = CheckpointStore(sys.argv[1], hf_dir=sys.argv[2])
 store.save(1, {'params': {'x': jnp.arange(5.0)}}, {})
 store.wait()
@@ -169,7 +170,7 @@ def test_a_killed_save_leaves_no_step_that_looks_whole(run_dir, hf_dir):
   time.sleep(0.3)
   os.kill(child.pid, signal.SIGKILL)
   child.wait()
-  with orbax.CheckpointStore(run_dir, hf_dir=hf_dir) as store:
+  with CheckpointStore(run_dir, hf_dir=hf_dir) as store:
     steps = store.steps()
     assert steps == list(range(1, len(steps) + 1))
     for step in steps[1:]:

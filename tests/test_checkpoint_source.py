@@ -12,6 +12,7 @@ from test_checkpoint_hf import assert_same_trees, one_device, write_model
 
 from mrjax.checkpoint import orbax, source
 from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.store import CheckpointStore
 from mrjax.models.config import ConfigError
 from mrjax.sharding.mesh import MeshError, make_mesh
 
@@ -26,7 +27,7 @@ def hf_dir(tmp_path):
 def run_dir(tmp_path, hf_dir):
   """A run with steps 3 and 12; the weights of step s are those of the model times s."""
   params = source.resolve_model(str(hf_dir)).load_params(one_device())
-  with orbax.CheckpointStore(tmp_path / 'run', hf_dir=hf_dir) as store:
+  with CheckpointStore(tmp_path / 'run', hf_dir=hf_dir) as store:
     for step in (3, 12):
       scaled = jax.tree.map(lambda x, step=step: x * step, params)
       store.save(step, {'params': scaled, 'opt_state': {'count': jnp.ones(())}}, {})

@@ -21,7 +21,7 @@ from test_checkpoint_hf import (
 from checkpoints_conversion import comparison
 from mrjax.checkpoint import source
 from mrjax.checkpoint.directories import CheckpointError
-from mrjax.checkpoint.orbax import CheckpointStore
+from mrjax.checkpoint.store import CheckpointStore
 from mrjax.runs import convert
 
 REPO = Path(__file__).parents[1]

@@ -1,5 +1,9 @@
 """The train step: its numbers depend on the data alone."""
 
+import dataclasses
+import functools
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +11,15 @@ import optax
 import pytest
 
 from mrjax import trees
+from mrjax.data.batches import TextBatches
+from mrjax.data.sft import Example
+from mrjax.lora import masks
 from mrjax.losses.tokens import cross_entropy, next_token_mask
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
+from mrjax.runs import sft
 from mrjax.sharding.mesh import make_mesh
-from mrjax.training import loop, optimizer, step
+from mrjax.training import flops, loop, optimizer, step
 
 CONFIG = DecoderConfig.from_hf(
   {
@@ -116,23 +124,42 @@ def test_padding_does_not_change_the_step(reference):
   )
 
 
-def test_packed_texts_give_the_loss_of_separate_rows():
-  params = make_params()
-  rows = make_batch(1, rows=3, length=7)
-  rows = {k: v[0] for k, v in rows.items()}
-  lengths = (rows['segments'] > 0).sum(1)
-  packed = {
-    k: np.concatenate([rows[k][i, : lengths[i]] for i in range(3)])[None] for k in rows
-  }
-  packed['segments'] = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  separate, grads = grad_fn(params, {}, rows, None)
-  together, packed_grads = grad_fn(params, {}, packed, None)
-  assert together[1][0] == separate[1][0]
-  np.testing.assert_allclose(together[0], separate[0], rtol=1e-6)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, packed_grads
+@pytest.fixture(scope='module')
+def texts():
+  rng = np.random.default_rng(7)
+  make = lambda n: Example(rng.integers(1, 48, n).astype(np.int32), np.arange(n) >= 2)
+  return [(make(n),) for n in rng.integers(4, 24, 13)]
+
+
+def sft_update(texts, packing: bool):
+  """What one step over all texts changes, and its metrics."""
+  rows = TextBatches(texts, row_length=32, batch_size=1, packing=packing).num_rows
+  batches = TextBatches(texts, row_length=32, batch_size=rows, packing=packing)
+  tx = optax.sgd(1.0)
+  fn = jax.jit(
+    functools.partial(step.train_step, loss_fn=sft.make_loss_fn(DECODER), tx=tx)
   )
+  state, metrics = fn(step.init_state(make_params(), tx), {}, batches(0))
+  return state.params, metrics, batches(0)
+
+
+def test_packed_rows_give_the_step_of_padded_rows(texts):
+  packed, metrics, batch = sft_update(texts, packing=True)
+  padded, padded_metrics, padded_batch = sft_update(texts, packing=False)
+  assert batch['tokens'].size < 0.7 * padded_batch['tokens'].size
+  assert metrics['weight'] == padded_metrics['weight']
+  np.testing.assert_allclose(metrics['loss'], padded_metrics['loss'], rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), packed, padded)
+
+
+def test_an_evaluation_sums_what_a_step_averages():
+  batch = make_batch(2)
+  _, metrics = run_step('data:1', batch)
+  found = jax.jit(functools.partial(step.evaluate_step, loss_fn=loss_fn))(
+    make_params(), {}, batch
+  )
+  assert float(found['weight']) == metrics['weight']
+  assert float(found['loss'] / found['weight']) == pytest.approx(metrics['loss'])
 
 
 def test_cross_entropy_by_hand():
@@ -206,6 +233,78 @@ def test_adamw_leaves_norms_and_biases_undecayed():
   np.testing.assert_array_equal(flat['a/scale'], 0)
 
 
+def test_lora_plus_lengthens_the_steps_of_b_alone():
+  config = optimizer.OptimizerConfig(clip_norm=0.0, lora_plus_ratio=4.0)
+  plus = optimizer.make_optimizer(config, lambda _: 0.1)
+  plain = optimizer.make_optimizer(
+    dataclasses.replace(config, lora_plus_ratio=1.0), lambda _: 0.1
+  )
+  params = {'q': {'lora_a': jnp.ones(3), 'lora_b': jnp.ones(2)}}
+  grads = {'q': {'lora_a': jnp.arange(3.0), 'lora_b': jnp.arange(2.0) - 3}}
+  updates, want = (
+    tx.update(grads, tx.init(params), params)[0]['q'] for tx in (plus, plain)
+  )
+  np.testing.assert_array_equal(updates['lora_a'], want['lora_a'])
+  np.testing.assert_array_equal(updates['lora_b'], 4 * want['lora_b'])
+  assert (want['lora_b'] != 0).all()
+
+
+def flops_under(rules, extra=None):
+  shapes = jax.eval_shape(make_params) | {}
+  if extra:
+    shapes = masks.merge(extra, shapes)
+  return flops.step_flops(CONFIG, shapes, masks.make_mask(shapes, rules))
+
+
+def test_operations_of_a_step_by_hand():
+  # Matrices of a layer: q and o 16 x 48, k and v 16 x 24, gate, up and down 16 x 24.
+  layer, head = 2 * 16 * 48 + 2 * 16 * 24 + 3 * 16 * 24, 16 * 48
+  matrices = 3 * layer + head
+  width = 8 * 6
+  assert flops_under(masks.rules_named('all')) == (6 * matrices, 12 * 3 * width)
+  # An adapter of rank 2 on q: its own weights cost 6, all others 4.
+  lora = {'layers': {'attn': {'q': {}}}}
+  for name, shape in (('lora_a', (3, 16, 2)), ('lora_b', (3, 2, 8, 6))):
+    lora['layers']['attn']['q'][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  own = 3 * (16 * 2 + 2 * 48)
+  assert flops_under(masks.rules_named('lora'), lora) == (
+    4 * matrices + 6 * own,
+    12 * 3 * width,
+  )
+  # The last layer alone: nothing flows back through the two below it.
+  assert flops_under((('^layers/', 1),)) == (
+    2 * matrices + 2 * (layer + head) + 2 * layer,
+    4 * width * (3 + 2),
+  )
+  assert flops_under(masks.rules_named('head')) == (2 * matrices + 2 * head, 12 * width)
+
+
+def test_flops_of_a_batch_follow_its_tokens_and_pairs():
+  batch = {
+    'segments': np.array([[1, 1, 1, 2, 2, 0]]),
+    'positions': np.array([[0, 1, 2, 0, 1, 0]]),
+  }
+  counts = loop.count(batch)
+  assert counts == {'tokens': 5, 'pairs': 6 + 3, 'padding': pytest.approx(1 / 6)}
+  assert flops.StepFlops(10.0, 1.0).of(tokens=5, pairs=9) == 59
+
+
+@pytest.mark.parametrize(
+  ('kind', 'peak'),
+  [
+    ('TPU v5 lite', 197e12),
+    ('TPU v5', 459e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA L40S', None),
+    ('cpu', None),
+  ],
+)
+def test_peaks_are_those_of_the_very_device(kind, peak):
+  assert flops.peak_flops(SimpleNamespace(device_kind=kind)) == peak
+
+
 def test_moments_lie_with_their_weights():
   params = jax.eval_shape(make_params)
   tx = optimizer.make_optimizer(optimizer.OptimizerConfig(), lambda _: 1.0)
@@ -216,17 +315,19 @@ def test_moments_lie_with_their_weights():
   assert moments == [want, want]
 
 
-def fit(num_steps, bad_step=None):
+def fit(num_steps, bad_step=None, bad_metric='loss', **options):
   seen = []
 
   def fake_step(state, batch):
-    value = float('nan') if int(state.step) == bad_step else 1.0
-    return state.replace(step=state.step + 1), {'loss': jnp.float32(value)}
+    metrics = {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1)}
+    if int(state.step) == bad_step:
+      metrics[bad_metric] *= jnp.nan
+    return state.replace(step=state.step + 1), metrics
 
   saved = []
   state = step.TrainState(jnp.int32(0), {}, {})
   try:
-    loop.fit(
+    done, _ = loop.fit(
       state,
       fake_step,
       lambda i: make_batch(1),
@@ -236,10 +337,33 @@ def fit(num_steps, bad_step=None):
       on_step=lambda i, m: seen.append(i),
       save=lambda i, s: saved.append(i),
       save_every=2,
+      **options,
     )
   except loop.NonFiniteLossError as error:
     return seen, saved, error
+  assert done == seen[-1]
   return seen, saved, None
+
+
+def test_a_wish_to_stop_ends_the_loop_after_a_save():
+  asked = []
+
+  def should_stop(done):
+    asked.append(done)
+    return done == 3
+
+  assert fit(9, should_stop=should_stop) == ([1, 2, 3], [2, 3], None)
+  assert asked == [1, 2, 3]
+
+
+def test_evaluations_come_when_asked_and_before_saves():
+  evaluated = []
+  evaluate = lambda done, state: evaluated.append(done)
+  assert fit(7, evaluate=evaluate, eval_every=3)[1] == [2, 4, 6, 7]
+  assert evaluated == [2, 3, 4, 6, 7]
+  evaluated.clear()
+  fit(7, evaluate=evaluate, should_stop=lambda done: done == 5)
+  assert evaluated == [2, 4]  # who is told to stop has no time for it
 
 
 def test_loop_reports_each_step_once_and_saves_the_last():
@@ -250,4 +374,7 @@ def test_a_non_finite_loss_stops_before_it_is_saved():
   seen, saved, error = fit(5, bad_step=3)
   assert (seen, saved) == ([1, 2, 3], [2])
   assert error.step == 4
-  assert 'step 4 is nan' in str(error)
+  assert str(error) == 'The loss of step 4 is nan.'
+  seen, saved, error = fit(5, bad_step=1, bad_metric='grad_norm')
+  assert (seen, saved) == ([1], [])
+  assert str(error) == 'The gradient norm of step 2 is nan.'

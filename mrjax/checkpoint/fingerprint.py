@@ -15,8 +15,9 @@ PyTree = Any
 def checksums(tree: PyTree) -> dict[str, int]:
   """A 32-bit checksum of the bits of every leaf, by path.
 
-  The sum over all numbers of (bits * weight of the place), modulo 2**32, so it depends
-  neither on the mesh nor on the number of processes. It finds damage, not malice.
+  A sum over all numbers, modulo 2**32, of a hash of their bits and their place, so it
+  depends neither on the mesh nor on the number of processes. It finds damage, not
+  malice.
   """
   leaves = trees.flatten(tree)
   return dict(zip(leaves, np.asarray(_checksums(list(leaves.values()))).tolist()))
@@ -62,5 +63,12 @@ def _checksum(x: jax.Array) -> jax.Array:
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
       jnp.uint32, x.shape, dim
     )
-  # Odd weights: no single changed bit is lost modulo 2**32.
-  return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+  mixed = _mix(bits.astype(jnp.uint32) + place * jnp.uint32(0x9E3779B9))
+  return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """The finaliser of MurmurHash3: every bit of the input moves every bit of the sum."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)

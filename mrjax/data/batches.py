@@ -166,6 +166,11 @@ class TextBatches:
     for start in starts:
       yield self._arrays(rows[start : start + self.batch_size])
 
+  def largest(self) -> dict[str, np.ndarray]:
+    """Arrays of the largest shapes that a step can have."""
+    longest = int(self._packing.lengths.argmax())
+    return self._arrays([[longest]] * self.batch_size)
+
   def fingerprint(self) -> str:
     """SHA-256 of all texts and labels: what a resumed run must find unchanged."""
     digest = hashlib.sha256()

@@ -98,6 +98,7 @@ def run(config: Config) -> dict[str, Any]:
         seed=config.seed,
         max_length=config.max_length,
         overlong='drop',
+        packing=False,  # batch_size counts texts
         batch_size=config.batch_size,
         num_epochs=config.num_epochs,
         learning_rate=config.learning_rate,

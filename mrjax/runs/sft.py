@@ -5,8 +5,9 @@ from typing import Any
 
 from mrjax.data.sft import Example, encode_sft, load_sft_records
 from mrjax.lora import masks
-from mrjax.losses.tokens import cross_entropy
+from mrjax.losses.tokens import chunked_cross_entropy
 from mrjax.models.decoder import Decoder
+from mrjax.models.head import head_function
 from mrjax.runs import training
 from mrjax.training import step
 
@@ -24,7 +25,7 @@ def run(config: Config) -> dict[str, Any]:
   """
   setup = training.start(config)
   batches = _batches(config, setup, config.data)
-  loss_fn = make_loss_fn(setup.decoder)
+  loss_fn = make_loss_fn(setup.decoder, chunk_size=config.loss_chunk or None)
   evaluate = None
   if config.eval_data:
     eval_batches = _batches(config, setup, config.eval_data)
@@ -32,19 +33,34 @@ def run(config: Config) -> dict[str, Any]:
   return training.train(config, setup, batches, loss_fn=loss_fn, evaluate=evaluate)
 
 
-def make_loss_fn(decoder: Decoder) -> step.LossFn:
-  """Next-token cross-entropy of the supervised tokens, as a `step.LossFn`."""
+def make_loss_fn(decoder: Decoder, *, chunk_size: int | None = None) -> step.LossFn:
+  """Next-token cross-entropy of the supervised tokens, as a `step.LossFn`.
+
+  Args:
+    decoder: A language model.
+    chunk_size: Tokens that go through the head together; None: as many as is fast.
+  """
 
   def loss_fn(trainable, frozen, batch, key):
-    del key  # nothing here is random
-    logits_BTV: Any = decoder.apply(
-      {'params': masks.merge(trainable, frozen)},
+    model = decoder if key is not None else decoder.clone(lora_dropout=0.0)
+    params = masks.merge(trainable, frozen)
+    hidden_BTD: Any = model.apply(
+      {'params': params},
       batch['tokens'],
       positions_BT=batch['positions'],
       segments_BT=batch['segments'],
+      rngs=None if key is None else {'dropout': key},
+      method='hidden',
     )
-    loss, num_tokens = cross_entropy(
-      logits_BTV, batch['tokens'], batch['loss_mask'], batch['segments']
+    head, head_params = head_function(model, params)
+    loss, num_tokens = chunked_cross_entropy(
+      head,
+      head_params,
+      hidden_BTD,
+      batch['tokens'],
+      batch['loss_mask'],
+      batch['segments'],
+      chunk_size=chunk_size,
     )
     return loss, (num_tokens, {})
 

@@ -8,7 +8,6 @@ calls `train`:
     training.train(config, setup, batches, loss_fn=make_loss_fn(setup.decoder))
 """
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,127 +17,26 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from mrjax.checkpoint.orbax import CheckpointStore
-from mrjax.checkpoint.source import ModelSource, resolve_model
+from mrjax.checkpoint.store import CheckpointStore, set_aside
 from mrjax.data.batches import TextBatches
-from mrjax.data.sft import OVERLONG_POLICIES, Example
-from mrjax.data.tokenization import Tokenizer, load_tokenizer
-from mrjax.models.decoder import REMAT_POLICIES, Decoder
-from mrjax.runs import common, training_state
+from mrjax.data.sft import Example
+from mrjax.lora import masks
+from mrjax.models.attention import choose_backend
+from mrjax.runs import common, dry_run, training_state
+from mrjax.runs.training_config import Config
+from mrjax.runs.training_setup import Setup
+from mrjax.runs.training_setup import start as start  # commands call training.start
 from mrjax.runs.watch import TrainingWatch
-from mrjax.sharding.mesh import batch_shards, make_mesh
 from mrjax.sharding.rules import explain_sharding
-from mrjax.training import loop, optimizer, step
+from mrjax.training import flops, loop, optimizer, step
 from mrjax.training.preemption import StopSignal
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Config(optimizer.OptimizerConfig):
-  """Everything that decides a training run, whatever its loss.
-
-  A command derives its own configuration from it.
-  """
-
-  model: str = ''  # embedded name, HF directory, hub id or mrjax checkpoint
-  tokenizer: str = ''  # empty: the model's own
-  data: str = ''
-  data_root: str = ''  # directory with local copies of named data sets
-  prompt_template: str = 'raw'  # layout put around prompts and completions
-  output_dir: str = ''
-  mesh: str = 'data:1,fsdp:-1,tensor:1'
-  dtype: str = 'auto'  # of the computation; what trains is float32
-  remat: str = 'none'
-  seed: int = 0  # of the data order and of all that is random
-  trainable: str = ''  # mask preset, or regex:PATTERN[;PATTERN...]; empty: all
-  max_length: int = 1024  # tokens of a row, and of the longest text in it
-  overlong: str = 'error'
-  packing: bool = True
-  batch_size: int = 8  # rows an optimizer step, over all devices
-  grad_accumulation: int = 1  # micro-batches a step
-  num_epochs: float = 3.0
-  num_steps: int = 0  # optimizer steps; 0: num_epochs decides
-  eval_data: str = ''  # like data; empty: no evaluation
-  eval_every: int = 0  # steps; 0: before checkpoints alone
-  save_every: int = 0  # steps; 0: at the end alone
-  keep_last: int = 1  # checkpoints kept
-  keep_every: int = 0  # steps whose multiples are kept too; 0: none
-  resume_step: int = 0  # checkpoint to go on from; 0: the last
-  log_every: int = 10  # steps
-  tensorboard: bool = True
-  wandb_project: str = ''
-  profile_steps: str = ''  # 'FIRST:LAST', LAST excluded
-  explain_sharding: bool = False
-  dry_run: bool = False  # compile, print the memory plan, write nothing
-  overwrite: bool = False
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, known in (('overlong', OVERLONG_POLICIES), ('remat', REMAT_POLICIES)):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f'--{name}={getattr(self, name)}: want one of {", ".join(known)}.'
-        )
-    for name in ('model', 'data', 'output_dir'):
-      if not getattr(self, name):
-        raise ValueError(f'--{name} is empty; it must be given.')
-    for name in ('max_length', 'batch_size', 'grad_accumulation', 'log_every'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'--{name}={getattr(self, name)}: want at least 1.')
-    if self.num_steps < 1 and self.num_epochs <= 0:
-      raise ValueError('One of --num_steps and --num_epochs must be positive.')
-    if self.batch_size % self.grad_accumulation:
-      raise ValueError(
-        f'--batch_size={self.batch_size} is not a multiple of --grad_accumulation='
-        f'{self.grad_accumulation}: every micro-batch has the same number of rows.'
-      )
-    if self.eval_every and not self.eval_data:
-      raise ValueError(f'--eval_every={self.eval_every} needs --eval_data.')
-    training_state.mask_rules(self.trainable)
-    _profile(self.profile_steps, Path(self.output_dir))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a run has before it has weights or data."""
-
-  mesh: Mesh
-  source: ModelSource
-  tokenizer: Tokenizer
-  decoder: Decoder
-
-
 # (trainable, frozen) -> metrics; `loss` is what the best checkpoint has least of.
 Evaluate = Callable[[PyTree, PyTree], dict[str, float]]
-
-
-def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
-  """Joins the processes of the run and finds its model; nothing is loaded yet.
-
-  Args:
-    config: Of the run.
-    num_value_outputs: As for `Decoder`.
-
-  Raises:
-    MeshError, ValueError: A mesh that does not fit the devices or the batch.
-    FileNotFoundError, CheckpointError, ConfigError: See `resolve_model`.
-  """
-  common.start_processes()
-  mesh = make_mesh(config.mesh)
-  _check_rows(config, mesh)
-  source = resolve_model(config.model)
-  tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
-  tokenizer.check_fits(source.config.vocab_size)
-  decoder = Decoder(
-    source.config,
-    dtype=common.resolve_dtype(config.dtype),
-    remat=config.remat,
-    num_value_outputs=num_value_outputs,
-  )
-  return Setup(mesh, source, tokenizer, decoder)
 
 
 def make_batches(
@@ -147,6 +45,7 @@ def make_batches(
   *,
   row_length: int = 0,
   labels: Mapping[str, np.ndarray] | None = None,
+  make: Callable[..., TextBatches] = TextBatches,
 ) -> TextBatches:
   """The batches of a run, as `TextBatches` makes them; logs one line about them.
 
@@ -155,8 +54,9 @@ def make_batches(
     units: What must stay in one row: one text, or the two of a pair.
     row_length: Tokens of a row; 0 is `max_length`.
     labels: Numbers of each text.
+    make: `TextBatches`, or what takes the same arguments.
   """
-  batches = TextBatches(
+  batches = make(
     units,
     row_length=row_length or config.max_length,
     batch_size=config.batch_size,
@@ -169,9 +69,22 @@ def make_batches(
   return batches
 
 
-def make_evaluate(setup: Setup, loss_fn: step.LossFn, batches: TextBatches) -> Evaluate:
-  """The mean loss and metrics over all of a data set, without dropout."""
-  total = jax.jit(functools.partial(step.evaluate_step, loss_fn=loss_fn))
+def make_evaluate(
+  setup: Setup,
+  loss_fn: step.LossFn,
+  batches: TextBatches,
+  *,
+  evaluate_step: Callable[..., dict[str, jax.Array]] = step.evaluate_step,
+) -> Evaluate:
+  """The mean loss and metrics over all of a data set, without dropout.
+
+  Args:
+    setup: Of the run.
+    loss_fn: See `step.LossFn`.
+    batches: Of the data set.
+    evaluate_step: `step.evaluate_step`, or what takes the same arguments.
+  """
+  total = jax.jit(functools.partial(evaluate_step, loss_fn=loss_fn))
 
   def evaluate(trainable: PyTree, frozen: PyTree) -> dict[str, float]:
     sums: dict[str, float] = {}
@@ -185,12 +98,29 @@ def make_evaluate(setup: Setup, loss_fn: step.LossFn, batches: TextBatches) -> E
   return evaluate
 
 
+def prepare_output(config: Config) -> Path:
+  """Makes the output directory, or finds that of a run that goes on; `train` does so.
+
+  Raises:
+    OutputError: See `common.prepare_output_dir`.
+  """
+  output_dir = Path(config.output_dir)
+  if jax.process_index() == 0:
+    common.prepare_output_dir(
+      output_dir, config.recorded(), overwrite=config.overwrite, resume=True
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('mrjax output directory')
+  return output_dir
+
+
 def train(
   config: Config,
   setup: Setup,
   batches: TextBatches,
   *,
   loss_fn: step.LossFn,
+  train_step: Callable[..., tuple[step.TrainState, dict]] = step.train_step,
   evaluate: Evaluate | None = None,
   prepare: Callable[[PyTree], PyTree] | None = None,
   constants: Mapping[str, PyTree] | None = None,
@@ -207,6 +137,7 @@ def train(
     setup: What `start` gave.
     batches: Of the training data.
     loss_fn: Its `frozen` holds the weights that do not train, and `constants`.
+    train_step: `step.train_step`, or what takes the same arguments.
     evaluate: Run every `eval_every` steps and before each checkpoint; the checkpoint
       with the least `loss` is never deleted.
     prepare: Changes the loaded weights before anything trains, such as by adding a
@@ -218,16 +149,45 @@ def train(
   Returns:
     `steps` done, `loss` of the last one, `checkpoint` (its directory), `num_records`,
     `tokens_per_second` (padding not counted), `stopped` (whether by SIGTERM), `best`
-    (`step` and `loss` of the best checkpoint, where there is an evaluation).
+    (`step` and `loss` of the best checkpoint, where there is an evaluation). With
+    `dry_run`, what `dry_run.dry_run` found.
   """
   num_steps = config.num_steps or batches.num_steps(config.num_epochs)
-  output_dir = Path(config.output_dir)
-  if jax.process_index() == 0:
-    common.prepare_output_dir(
-      output_dir, _recorded(config), overwrite=config.overwrite, resume=True
+  if batches.batch_size > batches.num_rows:
+    logging.warning(
+      'A batch of %d rows holds the data %.1f times; an epoch has %d rows. Lower '
+      '--batch_size, or --max_length where rows are packed.',
+      batches.batch_size,
+      batches.epoch(1),
+      batches.num_rows,
     )
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('mrjax output directory')
+  schedule = optimizer.make_schedule(config, num_steps)
+  tx = optimizer.make_optimizer(config, schedule)
+  plan = training_state.plan_weights(
+    setup.source,
+    rules=config.rules,
+    lora=setup.lora,
+    adapter=setup.adapter,
+    quantize=config.quantize,
+    prepare=prepare,
+  )
+  constants = dict(constants or {})
+  _log_attention(setup, batches.row_length)
+
+  def jit_step(shardings: step.TrainState):
+    return jax.jit(
+      functools.partial(train_step, loss_fn=loss_fn, tx=tx, seed=config.seed),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+
+  if config.explain_sharding:
+    print(explain_sharding(masks.merge(plan.trainable, plan.frozen), setup.mesh))
+  if config.dry_run:
+    return dry_run.dry_run(plan, setup.mesh, tx, jit_step, batches, constants)
+  output_dir = prepare_output(config)
+  if config.resume_step:
+    set_aside(output_dir, after=config.resume_step)
   with (
     StopSignal() as stop,
     CheckpointStore(
@@ -241,32 +201,21 @@ def train(
     if start >= num_steps:
       logging.info('%s is finished: %d steps are done.', output_dir, start)
       return {'steps': start, 'checkpoint': str(store.path(start))}
-    schedule = optimizer.make_schedule(config, num_steps)
-    tx = optimizer.make_optimizer(config, schedule)
+    position = {
+      'seed': config.seed,
+      'batch_size': config.batch_size,
+      'row_length': batches.row_length,
+      'num_units': batches.num_units,
+      'data_sha256': batches.fingerprint(),
+    }
+    if start:
+      logging.info('Resuming %s after step %d.', output_dir, start)
     begun = training_state.begin(
-      setup.source,
-      setup.mesh,
-      tx,
-      store,
-      start=start,
-      rules=training_state.mask_rules(config.trainable),
-      position={
-        'seed': config.seed,
-        'batch_size': config.batch_size,
-        'row_length': batches.row_length,
-        'num_units': batches.num_units,
-        'data_sha256': batches.fingerprint(),
-      },
-      prepare=prepare,
+      plan, setup.mesh, tx, store, start=start, position=position, seed=config.seed
     )
-    if config.explain_sharding:
-      print(explain_sharding(begun.state.params, setup.mesh))
-    frozen = begun.frozen | dict(constants or {})
-    train_step = jax.jit(
-      functools.partial(step.train_step, loss_fn=loss_fn, tx=tx, seed=config.seed),
-      donate_argnums=0,
-      out_shardings=(begun.shardings, None),
-    )
+    frozen = begun.frozen | constants
+    jitted = jit_step(jax.tree.map(lambda x: x.sharding, begun.state))
+    peak = flops.peak_flops(setup.mesh.devices.flat[0])
     watch = TrainingWatch(
       output_dir,
       start_step=start,
@@ -276,6 +225,11 @@ def train(
         'learning_rate': float(schedule(done - 1)),
         'epoch': batches.epoch(done),
       },
+      flops=plan.flops,
+      # What devices reach in float32 is another number.
+      peak=peak * setup.mesh.size
+      if peak and setup.decoder.dtype != 'float32'
+      else None,
       tensorboard=config.tensorboard,
       wandb=config.wandb_project,
     )
@@ -291,7 +245,7 @@ def train(
       found = scores.saved(done)
       store.save(
         done,
-        {begun.item: state.params, 'opt_state': state.opt_state},
+        {plan.item: state.params, 'opt_state': state.opt_state},
         begun.position | dict(facts or {}) | found,
         keep=[found['best']['step']] if found['best'] else [],
       )
@@ -299,7 +253,7 @@ def train(
     try:
       done, _ = loop.fit(
         begun.state,
-        lambda state, batch: train_step(state, frozen, batch),
+        lambda state, batch: jitted(state, frozen, batch),
         batches,
         mesh=setup.mesh,
         start_step=start,
@@ -310,7 +264,9 @@ def train(
         evaluate=evaluate_state if evaluate else None,
         eval_every=config.eval_every,
         should_stop=stop.reached,
-        profile=_profile(config.profile_steps, output_dir),
+        profile=(*config.profiled, str(output_dir / 'profile'))
+        if config.profiled
+        else None,
       )
     except loop.NonFiniteLossError as error:
       raise _name_records(error, batches) from None
@@ -332,27 +288,18 @@ def train(
     }
 
 
-def _recorded(config: Config) -> Config:
-  """The configuration but for what may change when a run goes on."""
-  return dataclasses.replace(
-    config,
-    resume_step=0,
-    profile_steps='',
-    explain_sharding=False,
-    dry_run=False,
-    overwrite=False,
+def _log_attention(setup: Setup, row_length: int) -> None:
+  """Says what computes attention; raises where the named backend cannot."""
+  decoder = setup.decoder
+  backend = choose_backend(
+    decoder.attention_backend,
+    platform=setup.mesh.devices.flat[0].platform,
+    dtype=decoder.dtype,
+    length=row_length,
+    head_dim=decoder.config.head_dim,
+    softcap=decoder.config.attention_softcap,
   )
-
-
-def _check_rows(config: Config, mesh: Mesh) -> None:
-  rows, shards = config.batch_size // config.grad_accumulation, batch_shards(mesh)
-  if rows % shards:
-    raise ValueError(
-      f'--batch_size={config.batch_size} over --grad_accumulation='
-      f'{config.grad_accumulation} gives {rows} rows a micro-batch, which do not '
-      f'divide over data*fsdp = {shards} of --mesh={config.mesh}. Choose a batch '
-      f'size that is a multiple of {shards * config.grad_accumulation}.'
-    )
+  logging.info('Attention over rows of %d tokens: %s.', row_length, backend)
 
 
 def _name_records(
@@ -363,13 +310,3 @@ def _name_records(
     '--learning_rate, or look at them.'
   )
   return error
-
-
-def _profile(steps: str, output_dir: Path) -> tuple[int, int, str] | None:
-  """`--profile_steps` as `loop.fit` takes it."""
-  if not steps:
-    return None
-  first, _, last = steps.partition(':')
-  if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
-    raise ValueError(f'--profile_steps={steps}: want FIRST:LAST, as in 10:13.')
-  return int(first), int(last), str(output_dir / 'profile')

@@ -1,6 +1,8 @@
 """What a training run begins with: weights, cut by the mask, and checkpoints."""
 
-import re
+import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +12,48 @@ import optax
 from jax.sharding import Mesh
 
 from mrjax import trees
+from mrjax.checkpoint.adapters import AdapterSource
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.checkpoint.fingerprint import fingerprint, not_finite
-from mrjax.checkpoint.orbax import CheckpointStore
 from mrjax.checkpoint.source import ModelSource
+from mrjax.checkpoint.store import ADAPTER, PART, WHOLE, CheckpointStore
 from mrjax.lora import masks
+from mrjax.lora.adapters import LORA_LEAF, LoraConfig, adapter_shapes, init_adapter
+from mrjax.models.quantized import LEAVES
 from mrjax.runs import common
+from mrjax.sharding.rules import born_sharded
 from mrjax.training import step
+from mrjax.training.flops import StepFlops, step_flops
 
 PyTree = Any
-WHOLE, PART = 'params', 'trained'  # items of a checkpoint: all weights, or some
+
+
+class WeightPlan(NamedTuple):
+  """The weights of a run, before any of them is loaded.
+
+  Attributes:
+    source: The model that is trained.
+    prepare: Changes its weights before they are cut by the mask.
+    lora: What the adapter on it is, where there is one.
+    adapter: Where that adapter comes from; None for a new one.
+    quantize: How the kernels of its layers are stored; empty: as they come.
+    mask: Of all weights and the adapter's.
+    trainable: Shapes of what trains, float32.
+    frozen: Shapes of the rest, as it is stored.
+    item: The name under which a checkpoint holds what trains.
+    flops: Operations of a step.
+  """
+
+  source: ModelSource
+  prepare: Callable[[PyTree], PyTree]
+  lora: LoraConfig | None
+  adapter: AdapterSource | None
+  quantize: str
+  mask: PyTree
+  trainable: PyTree
+  frozen: PyTree
+  item: str
+  flops: StepFlops
 
 
 class Begun(NamedTuple):
@@ -28,16 +62,12 @@ class Begun(NamedTuple):
   Attributes:
     state: After the steps that are done.
     frozen: Weights that do not train, in the dtype they are stored in.
-    shardings: Where the leaves of `state` live.
-    item: The name under which a checkpoint holds what trains.
     position: What a checkpoint says of data and base, and a resumed run must match.
     metadata: Of the checkpoint it goes on from; empty at the beginning.
   """
 
   state: step.TrainState
   frozen: dict[str, Any]
-  shardings: step.TrainState
-  item: str
   position: dict[str, Any]
   metadata: dict[str, Any]
 
@@ -60,89 +90,165 @@ class Scores:
     return {'eval_loss': loss, 'best': self.best}
 
 
-def mask_rules(trainable: str) -> tuple[masks.Rule, ...]:
-  """The mask rules that `--trainable` names.
+def plan_weights(
+  source: ModelSource,
+  *,
+  rules: Sequence[masks.Rule],
+  lora: LoraConfig | None = None,
+  adapter: AdapterSource | None = None,
+  quantize: str = '',
+  prepare: Callable[[PyTree], PyTree] | None = None,
+) -> WeightPlan:
+  """Decides what trains and how the rest is stored.
+
+  Args:
+    source: The model that is trained.
+    rules: Of the mask.
+    lora: What adapter to put on it.
+    adapter: Where that comes from; None for a new one.
+    quantize: One of `quantized.KINDS`, or empty.
+    prepare: Changes the loaded weights; used on shapes here.
 
   Raises:
-    ValueError: No such preset, or a pattern that is no regular expression.
+    ValueError: A mask under which nothing trains, or which names quantised weights; an
+      adapter or a quantisation that does not fit the model.
   """
-  kind, _, patterns = trainable.partition(':')
-  if kind != 'regex':
-    return masks.rules_named(trainable or 'all')
-  for pattern in patterns.split(';'):
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise ValueError(f'--trainable: {pattern!r} is no pattern: {error}.') from None
-  return tuple((pattern, True) for pattern in patterns.split(';'))
+  prepare = prepare or (lambda params: params)
+  own = adapter_shapes(source.config, lora) if lora else {}
+
+  def all_shapes(dtype: Any, quantize: str) -> PyTree:
+    base = source.param_shapes(dtype, quantize=quantize)
+    return masks.merge(own, jax.eval_shape(prepare, base))
+
+  plain = all_shapes(jnp.float32, '')
+  flops = step_flops(source.config, plain, masks.make_mask(plain, rules))
+  stored = all_shapes(None, quantize)
+  mask = masks.make_mask(stored, rules)
+  chosen = {name for name, value in trees.flatten(mask).items() if value is not False}
+  fixed = sorted(name for name in chosen if name.split('/')[-1] in LEAVES)
+  if fixed:
+    raise ValueError(
+      f'--quantize={quantize} stores {fixed[0]} in few bits, which cannot be trained. '
+      'Give --lora_rank, or a --trainable that leaves the kernels of the layers out.'
+    )
+  train_shapes, frozen_shapes = jax.eval_shape(lambda x: masks.split(x, mask), stored)
+  if not frozen_shapes:
+    item = WHOLE
+  else:
+    only_lora = all(LORA_LEAF.fullmatch(name) for name in chosen)
+    item = ADAPTER if only_lora and chosen == trees.flatten(own).keys() else PART
+  return WeightPlan(
+    source,
+    prepare,
+    lora,
+    adapter,
+    quantize,
+    mask,
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), train_shapes),
+    frozen_shapes,
+    item,
+    flops,
+  )
 
 
 def begin(
-  source: ModelSource,
+  plan: WeightPlan,
   mesh: Mesh,
   tx: optax.GradientTransformation,
   store: CheckpointStore,
   *,
   start: int,
-  rules: Sequence[masks.Rule],
   position: Mapping[str, Any],
-  prepare: Callable[[PyTree], PyTree] | None = None,
+  seed: int = 0,
 ) -> Begun:
   """Loads what a run needs: all weights at the beginning, later what is not saved.
 
   Args:
-    source: The model that is trained.
+    plan: Of the weights.
     mesh: Where to.
     tx: The optimizer.
     store: The run's checkpoints.
     start: The checkpoint to go on from; 0 for none.
-    rules: Of the mask.
     position: What a checkpoint must say of the data.
-    prepare: Changes the loaded weights before they are cut by the mask.
+    seed: Of a fresh adapter.
 
   Raises:
     CheckpointError: Weights that are not finite, damaged files, another model.
     OutputError: A checkpoint of other data or of another base.
   """
-  prepare = prepare or (lambda params: params)
-  whole = jax.eval_shape(prepare, source.param_shapes(jnp.float32))
-  mask = masks.make_mask(whole, rules)
-  all_train = all(value is True for value in trees.flatten(mask).values())
-  shapes = jax.eval_shape(lambda x: masks.split(x, mask)[0], whole)
-  shardings = step.state_shardings(shapes, tx, mesh)
+  shardings = step.state_shardings(plan.trainable, tx, mesh)
   position = dict(position)
   params: PyTree = {}
   frozen: dict[str, Any] = {}
-  if not start or not all_train:
-    dtype = jnp.float32 if all_train else None
-    with jax.set_mesh(mesh):
-      params = prepare(source.load_params(mesh, dtype=dtype))
-    if bad := not_finite(params):
-      raise CheckpointError(
-        f'{source.name}: {", ".join(bad[:4])} hold NaN or infinite numbers. The files '
-        'are damaged, or the training that made them diverged.'
-      )
-    params, frozen = masks.split(params, mask)
-    params = jax.tree.map(_float32, params, shardings.params)
+  if not start or plan.frozen:
+    params, frozen = masks.split(_load_base(plan, mesh), plan.mask)
   if frozen:
-    position['base'] = {'model': source.name, 'fingerprint': fingerprint(frozen)}
-  item = WHOLE if all_train else PART
-  if not start:
-    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
-    state = _state(start, params, opt_state, shardings)
-    return Begun(state, frozen, shardings, item, position, {})
-  metadata = store.metadata(start)
-  _check_position(store, metadata, position)
-  del params  # before the saved ones take their place
-  items = store.restore(
-    start,
-    {
-      item: _abstract(shapes, shardings.params),
-      'opt_state': _abstract(jax.eval_shape(tx.init, shapes), shardings.opt_state),
-    },
-  )
-  state = _state(start, items[item], items['opt_state'], shardings)
-  return Begun(state, frozen, shardings, item, position, metadata)
+    position['base'] = {
+      'model': plan.source.name,
+      'fingerprint': fingerprint(frozen),
+      'quantize': plan.quantize,
+    }
+  if plan.lora:
+    position['lora'] = dataclasses.asdict(plan.lora)
+  if start:
+    del params  # the saved ones take their place
+    try:
+      metadata = store.metadata(start)
+      _check_position(store, metadata, position)
+      opt_shapes = jax.eval_shape(tx.init, plan.trainable)
+      items = store.restore(
+        start,
+        {
+          plan.item: _abstract(plan.trainable, shardings.params),
+          'opt_state': _abstract(opt_shapes, shardings.opt_state),
+        },
+      )
+    except CheckpointError as error:
+      earlier = [step for step in store.steps() if step < start]
+      error.add_note(
+        f'The checkpoint before it is that of step {earlier[-1]}: pass --resume_step='
+        f'{earlier[-1]} to go on from there.'
+        if earlier
+        else 'There is no earlier one: pass --overwrite to start again.'
+      )
+      raise
+    state = _state(start, items[plan.item], items['opt_state'], shardings)
+    return Begun(state, frozen, position, metadata)
+  if plan.lora:
+    trained, fixed = masks.split(_load_adapter(plan, mesh, frozen, seed), plan.mask)
+    params, frozen = masks.merge(trained, params), masks.merge(fixed, frozen)
+  params = jax.tree.map(_float32, params, shardings.params)
+  opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+  return Begun(_state(start, params, opt_state, shardings), frozen, position, {})
+
+
+def _load_base(plan: WeightPlan, mesh: Mesh) -> PyTree:
+  dtype = None if plan.frozen else jnp.float32
+  with jax.set_mesh(mesh):
+    params = plan.prepare(
+      plan.source.load_params(mesh, dtype=dtype, quantize=plan.quantize)
+    )
+  if bad := not_finite(params):
+    raise CheckpointError(
+      f'{plan.source.name}: {", ".join(bad[:4])} hold NaN or infinite numbers. The '
+      'files are damaged, or the training that made them diverged.'
+    )
+  return params
+
+
+def _load_adapter(plan: WeightPlan, mesh: Mesh, base: PyTree, seed: int) -> PyTree:
+  assert plan.lora is not None
+  if plan.adapter is None:
+    init = functools.partial(init_adapter, plan.source.config, plan.lora)
+    return born_sharded(init, mesh, jax.random.key(seed))
+  if plan.adapter.base.get('quantize', '') == plan.quantize and plan.item == ADAPTER:
+    plan.adapter.check_base(base)
+  adapter = plan.adapter.load(plan.source.config, mesh)
+  if bad := not_finite(adapter):
+    raise CheckpointError(
+      f'{plan.adapter.name}: {bad[0]} holds NaN or infinite numbers.'
+    )
+  return adapter
 
 
 def _float32(x: jax.Array, sharding) -> jax.Array:
@@ -154,9 +260,10 @@ def _float32(x: jax.Array, sharding) -> jax.Array:
 def _check_position(
   store: CheckpointStore, saved: Mapping[str, Any], position: Mapping[str, Any]
 ) -> None:
+  as_saved = json.loads(json.dumps(position))  # tuples become lists
   changed = [
     f'{name}: was {saved.get(name)!r}, now {value!r}'
-    for name, value in position.items()
+    for name, value in as_saved.items()
     if saved.get(name) != value
   ]
   if changed:

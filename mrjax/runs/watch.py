@@ -9,15 +9,32 @@ from typing import Any
 import jax
 import numpy as np
 
+from mrjax.checkpoint.hf import peak_host_bytes
 from mrjax.runs.common import MetricsLog
+from mrjax.training.flops import StepFlops
+
+_SUMMED = ('seconds', 'tokens', 'pairs', 'weight')  # over the steps of a line
+_LAST = ('grad_norm',)
+
+
+def peak_memory_bytes() -> int:
+  """The most memory that one of this process's devices has held so far.
+
+  Where devices do not count it, as on a CPU, what the process itself has held.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  return max(s.get('peak_bytes_in_use', 0) for s in stats) or peak_host_bytes()
 
 
 class TrainingWatch:
   """Gathers the metrics of each step and reports every `log_every` of them.
 
-  A line of `metrics.jsonl` holds the means of `loss` and `padding` over the steps since
-  the last one, `tokens_per_second` (padding not counted), `supervised_tokens`,
-  `grad_norm` of the last step, and what `describe` says. Only process 0 writes.
+  A line of `metrics.jsonl` holds the means of `loss`, `padding` and what else the loss
+  reports over the steps since the last one, `tokens_per_second` (padding not counted),
+  `mfu` (model FLOPs utilisation, where the peak is known), `supervised_tokens`,
+  `grad_norm` of the last step, `memory_gb` (the most that a device of this process, or
+  on a CPU the process itself, has held so far), and what `describe` says. Only process
+  0 writes.
   """
 
   def __init__(
@@ -28,10 +45,26 @@ class TrainingWatch:
     num_steps: int,
     log_every: int,
     describe: Callable[[int], dict[str, float]],
+    flops: StepFlops,
+    peak: float | None,
     tensorboard: bool,
     wandb: str,
   ):
+    """Opens the files.
+
+    Args:
+      directory: Of the run.
+      start_step: Steps done before.
+      num_steps: Steps to have done in the end.
+      log_every: Steps between reports.
+      describe: What else to report, for a number of steps done.
+      flops: Operations of a step.
+      peak: Operations a second of all devices together, where that is known.
+      tensorboard: Whether to write TensorBoard files.
+      wandb: Project to log to; empty for none.
+    """
     self._log_every, self._num_steps = log_every, num_steps
+    self._flops, self._peak = flops, peak
     self._describe = describe
     self._window: list[dict[str, float]] = []
     self._last: dict[str, float] = {}
@@ -63,14 +96,18 @@ class TrainingWatch:
 
   def _report(self, done: int) -> None:
     window, self._window = self._window, []
-    seconds = sum(m['seconds'] for m in window)
-    line = {
-      'loss': float(np.mean([m['loss'] for m in window])),
+    total = {name: sum(m[name] for m in window) for name in _SUMMED}
+    means = {name: float(np.mean([m[name] for m in window])) for name in window[-1]}
+    line = {name: x for name, x in means.items() if name not in (*_SUMMED, *_LAST)}
+    line |= {
       'grad_norm': window[-1]['grad_norm'],
-      'tokens_per_second': sum(m['tokens'] for m in window) / seconds,
-      'supervised_tokens': sum(m['weight'] for m in window),
-      'padding': float(np.mean([m['padding'] for m in window])),
+      'tokens_per_second': total['tokens'] / total['seconds'],
+      'supervised_tokens': total['weight'],
+      'memory_gb': peak_memory_bytes() / 1e9,
     } | self._describe(done)
+    if self._peak:
+      flops = self._flops.of(tokens=total['tokens'], pairs=total['pairs'])
+      line['mfu'] = flops / total['seconds'] / self._peak
     if self._log:
       self._log.write(done, line)
     if self._bar:

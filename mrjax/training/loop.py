@@ -15,10 +15,10 @@ from mrjax.training.step import TrainState
 
 
 class NonFiniteLossError(FloatingPointError):
-  """The loss of a step is NaN or infinite; `step` counts from 1."""
+  """The loss or the gradient of a step is NaN or infinite; `step` counts from 1."""
 
-  def __init__(self, step: int, loss: float):
-    super().__init__(f'The loss of step {step} is {loss}.')
+  def __init__(self, step: int, name: str, value: float):
+    super().__init__(f'The {name} of step {step} is {value}.')
     self.step = step
 
 
@@ -54,7 +54,8 @@ def fit(
   """Trains from `start_step` to `num_steps`, or a stop, and saves the last state.
 
   Metrics of a step are read after the next one is launched, so the devices never
-  wait for the host; a state is saved only once its loss is known to be finite.
+  wait for the host; a state is saved only once its loss and gradient are known to be
+  finite.
 
   Args:
     state: The state after `start_step` steps.
@@ -64,8 +65,8 @@ def fit(
     start_step: Steps already done.
     num_steps: Steps to have done in the end.
     on_step: Called with the number of steps done and that step's metrics, to which
-      `seconds`, `tokens` (not padding) and `padding` (its share of all places) are
-      added.
+      `seconds`, `tokens` (not padding), `pairs` (of a token and one it sees) and
+      `padding` (its share of all places) are added.
     save: Called with the number of steps done and the state.
     save_every: Steps between saves; 0 saves at the end alone.
     evaluate: Called likewise every `eval_every` steps, and before each save.
@@ -90,8 +91,9 @@ def fit(
     step, metrics, facts = pending
     pending = None
     values = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(values['loss']):
-      raise NonFiniteLossError(step, values['loss'])
+    for key, name in (('loss', 'loss'), ('grad_norm', 'gradient norm')):
+      if not math.isfinite(values[key]):
+        raise NonFiniteLossError(step, name, values[key])
     now = time.perf_counter()
     on_step(step, values | facts | {'seconds': now - clock})
     clock = now
@@ -103,7 +105,7 @@ def fit(
       host_batch = get_batch(step)
       state, metrics = train_step(state, shard_batch(host_batch, mesh))
       finish_pending()
-      pending = step + 1, metrics, _count(host_batch)
+      pending = step + 1, metrics, count(host_batch)
       done = step + 1
       if profile and done == profile[1]:
         finish_pending()
@@ -127,6 +129,12 @@ def _every(period: int, done: int) -> bool:
   return period > 0 and done % period == 0
 
 
-def _count(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-  real = int((batch['segments'] != 0).sum())
-  return {'tokens': real, 'padding': 1 - real / batch['segments'].size}
+def count(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+  """What `fit` says of a batch: `tokens`, `pairs` and `padding`."""
+  real = batch['segments'] != 0
+  num_tokens = int(real.sum())
+  return {
+    'tokens': num_tokens,
+    'pairs': num_tokens + int(batch['positions'][real].sum()),
+    'padding': 1 - num_tokens / real.size,
+  }

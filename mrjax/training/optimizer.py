@@ -24,6 +24,7 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.0  # on matrices only: not on biases and norm scales
   clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+  lora_plus_ratio: float = 1.0  # learning rate of lora_b over that of lora_a
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -32,6 +33,8 @@ class OptimizerConfig:
       )
     if not 0 <= self.warmup_ratio < 1:
       raise ValueError(f'warmup_ratio {self.warmup_ratio}: want 0 <= ratio < 1.')
+    if self.lora_plus_ratio <= 0:
+      raise ValueError(f'lora_plus_ratio {self.lora_plus_ratio}: want a ratio > 0.')
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -55,7 +58,11 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW."""
+  """Clipping by global norm, then AdamW.
+
+  `lora_b` takes steps `lora_plus_ratio` times as long, as in LoRA+ (Hayou et al. 2024,
+  https://arxiv.org/abs/2402.12354); its weight decay is scaled likewise.
+  """
   decayed = lambda params: trees.map_named(
     lambda name, _: not name.endswith(('/bias', '/scale')), params
   )
@@ -68,7 +75,22 @@ def make_optimizer(
     weight_decay=config.weight_decay,
     mask=decayed,
   )
-  return optax.chain(*steps, adamw)
+  steps.append(adamw)
+  if config.lora_plus_ratio != 1.0:
+    steps.append(_lengthen('/lora_b', config.lora_plus_ratio))
+  return optax.chain(*steps)
+
+
+def _lengthen(ending: str, ratio: float) -> optax.GradientTransformation:
+  """Multiplies the updates of the leaves whose path has this ending."""
+
+  def update(updates, params=None):
+    del params
+    return trees.map_named(
+      lambda name, x: ratio * x if name.endswith(ending) else x, updates
+    )
+
+  return optax.stateless(update)
 
 
 def state_specs(tx: optax.GradientTransformation, params, specs):
