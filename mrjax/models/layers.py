@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mrjax.models import quantized
+from mrjax.models import products, quantized
 from mrjax.models.attention import NO_WINDOW, KVPart, attention, cached_attention
 from mrjax.models.config import DecoderConfig
 from mrjax.models.remat import LAYER_INPUT
@@ -109,7 +109,7 @@ class Linear(nn.Module):
       (*self.in_dims, *self.out_dims),
       jnp.float32,
     )
-    return x_2d @ kernel.astype(self.dtype).reshape(x_2d.shape[1], -1)
+    return products.matmul(x_2d, kernel)
 
   def _adapter(self, x_2d: jax.Array) -> jax.Array:
     if self.lora.scale is None:

@@ -20,6 +20,7 @@ of the kernel do.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,16 @@ def dequantize(leaves: dict[str, jax.Array], dtype) -> jax.Array:
     return (values * leaves['kernel_absmax'] * np.float32(1 / 127)).astype(dtype)
   codes, num_outputs = leaves['kernel_nf4'], leaves['kernel_nf4'].shape[1]
   codes = jnp.stack([codes >> 4, codes & 15], axis=1).reshape(-1, BLOCK, num_outputs)
-  values = _nf4_values(codes) * _absmax(leaves)[:, None]
-  return values.reshape(-1, num_outputs).astype(dtype)
+  # The 16 values of a block are made once for its 64 weights, each of which then
+  # selects one, bit by bit: look-ups in a table are slow where lanes are many. (Were
+  # the levels scaled last, XLA would hoist 16 constant arrays of a kernel's size.)
+  absmax = _absmax(leaves)[:, None]
+  levels: Any = [(level * absmax).astype(dtype) for level in NF4_LEVELS]
+  for bit in range(4):
+    is_set = (codes >> bit) & 1 == 1
+    pairs = zip(levels[::2], levels[1::2])
+    levels = [jnp.where(is_set, high, low) for low, high in pairs]
+  return levels[0].reshape(-1, num_outputs)
 
 
 @jax.custom_vjp
@@ -124,7 +133,7 @@ def matmul(x: jax.Array, leaves: dict[str, jax.Array]) -> jax.Array:
 
 
 def _matmul_forward(x, leaves):
-  return matmul(x, leaves), leaves
+  return x @ dequantize(leaves, x.dtype), leaves
 
 
 def _matmul_backward(leaves, dy):
@@ -132,16 +141,6 @@ def _matmul_backward(leaves, dy):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _nf4_values(codes: jax.Array) -> jax.Array:
-  """Levels of 4-bit codes, by selects: table look-ups are slow where lanes are many."""
-  values = list(NF4_LEVELS)
-  for bit in range(4):
-    is_set = (codes >> bit) & 1 == 1
-    pairs = zip(values[::2], values[1::2])
-    values = [jnp.where(is_set, high, low) for low, high in pairs]
-  return values[0]
 
 
 def _absmax(leaves: dict[str, jax.Array]) -> jax.Array:

@@ -1,0 +1,73 @@
+"""The product with a kernel: plain gradients, and no copy of the kernel kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrjax import trees
+from mrjax.checkpoint import weights
+from mrjax.lora import adapters, masks, quantization
+from mrjax.models import products
+from mrjax.models.config import DecoderConfig
+from mrjax.models.decoder import Decoder
+
+
+def plain(x, kernel):
+  return x @ kernel.astype(x.dtype).reshape(x.shape[1], -1)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_values_and_gradients_are_those_of_the_plain_product(dtype):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (7, 12), dtype)
+  kernel = jax.random.normal(keys[1], (3, 4, 2, 5))
+  dy = jax.random.normal(keys[2], (7, 10), dtype)
+  want, pull_want = jax.vjp(plain, x, kernel)
+  got, pull_got = jax.vjp(products.matmul, x, kernel)
+  np.testing.assert_array_equal(got, want)
+  for a, b in zip(pull_got(dy), pull_want(dy)):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-6, atol=1e-6)
+
+
+def test_only_what_has_a_gradient_is_kept():
+  x, kernel = jnp.ones((70, 12)), jnp.ones((3, 4, 2, 5))
+  size = lambda pull: sum(x.nbytes for x in jax.tree.leaves(pull))
+  _, frozen = jax.vjp(lambda x: products.matmul(x, kernel), x)
+  assert size(frozen) == kernel.nbytes
+  _, both = jax.vjp(products.matmul, x, kernel)
+  assert size(both) == kernel.nbytes + x.nbytes
+
+
+@pytest.mark.parametrize('kind', ['', 'nf4', 'int8'])
+def test_a_step_on_an_adapter_needs_no_second_copy_of_the_layers(kind):
+  """Few tokens, so that all the memory a step could take is that of kernels."""
+  config = DecoderConfig.from_hf(
+    {
+      'architectures': ['LlamaForCausalLM'],
+      'vocab_size': 24,
+      'hidden_size': 128,
+      'intermediate_size': 192,
+      'num_hidden_layers': 12,
+      'num_attention_heads': 8,
+      'num_key_value_heads': 4,
+      'head_dim': 32,
+    }
+  )
+  lora = adapters.LoraConfig(rank=2)
+  adapter = adapters.adapter_shapes(config, lora)
+  base = weights.param_shapes(config)
+  full = trees.num_bytes(base['layers'])
+  if kind:
+    base = quantization.quantized_shapes(base, config, kind)
+  decoder = Decoder(config, lora_scale=lora.scale)
+  tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+
+  def loss(adapter, frozen, tokens):
+    return decoder.apply({'params': masks.merge(adapter, frozen)}, tokens).sum()
+
+  compiled = jax.jit(jax.grad(loss)).lower(adapter, base, tokens).compile()
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  # One layer's kernels at a time, with their transposes, and small things.
+  assert temporary < 3 * full / 12, (temporary, full)
