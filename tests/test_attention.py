@@ -246,6 +246,12 @@ def test_auto_says_once_why_a_kernel_does_not_serve(caplog, changes, fault):
     choose('cudnn', platform='gpu', **changes)
 
 
+def test_splash_needs_to_know_its_windows():
+  q, k, v, _ = make_inputs()
+  with pytest.raises(ValueError, match='splash attention got no windows'):
+    splash_attention(q, k, v, segments_BT=SEGMENTS, window=9, windows=[], scale=SCALE)
+
+
 def test_a_kernel_of_another_platform_is_refused():
   with pytest.raises(
     ValueError, match="'splash' cannot serve: it does not run on a cpu"

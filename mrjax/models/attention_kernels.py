@@ -44,7 +44,12 @@ def splash_attention(
     scale: Multiplies q.k.
     softcap: Where set, scores become softcap * tanh(scores / softcap).
     interpret: Run without a TPU, slowly.
+
+  Raises:
+    ValueError: `windows` is empty.
   """
+  if not windows:
+    raise ValueError('splash attention got no windows; want all that window may be.')
   # Loaded where it is used: Pallas takes a second to import.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
@@ -159,7 +164,7 @@ def cudnn_fault(dtype, *, length: int, head_dim: int, softcap) -> str | None:
 @functools.cache
 def _try_cudnn(dtype: str, head_dim: int) -> str | None:
   def loss(q, k, v, implementation):
-    segments = jnp.repeat(jnp.arange(1, 5), 16)[None]
+    segments = jnp.tile(jnp.repeat(jnp.arange(1, 5), 16), (2, 1))
     out = cudnn_attention(
       q,
       k,
@@ -175,7 +180,7 @@ def _try_cudnn(dtype: str, head_dim: int) -> str | None:
     device = jax.local_devices(backend='gpu')[0]
     rng = np.random.default_rng(0)
     q, k, v = (
-      jax.device_put(rng.normal(size=(1, 64, n, head_dim)).astype(dtype), device)
+      jax.device_put(rng.normal(size=(2, 64, n, head_dim)).astype(dtype), device)
       for n in (4, 2, 2)
     )
     grad = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
