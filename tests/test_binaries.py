@@ -15,8 +15,11 @@ PEERS = 'peer_'
 RUN_FLAGS = 'model tokenizer mesh data data_root prompt_template output_dir seed dtype'
 SAMPLING_FLAGS = 'num_samples temperature top_p top_k min_p max_new_tokens stop'
 PROMISED = {
+  'checkpoints_conversion.fold_adapter': 'adapter model output_dir',
   'checkpoints_conversion.hf_to_orbax': 'hf_dir output_dir',
   'checkpoints_conversion.orbax_to_hf': 'checkpoint output_dir',
+  'checkpoints_conversion.orbax_to_peft': 'checkpoint output_dir',
+  'checkpoints_conversion.peft_to_orbax': 'model peft_dir output_dir',
   'checkpoints_conversion.verify': 'hf_dir checkpoint',
   'experiments.evaluate': f'{RUN_FLAGS} {SAMPLING_FLAGS} rule overwrite',
   'experiments.grade': 'rule input output metrics vote',

@@ -44,7 +44,7 @@ def import_hf(config: ImportConfig) -> dict[str, Any]:
   source = resolve_model(config.hf_dir)
   if source.params_dir is not None:
     raise ValueError(f'--hf_dir={config.hf_dir} is an mrjax checkpoint already.')
-  dtype = _dtype(config.dtype)
+  dtype = resolve_dtype(config.dtype)
   common.make_folder(Path(config.output_dir).parent, output=config.output_dir)
   orbax.save_model(
     config.output_dir,
@@ -68,7 +68,7 @@ def export_hf(config: ExportConfig) -> dict[str, Any]:
     raise ValueError(f'--max_shard_gb={config.max_shard_gb}: want a positive number.')
   check_replaceable(config.output_dir, marker='config.json', overwrite=config.overwrite)
   source = resolve_model(config.checkpoint)
-  dtype = _dtype(config.dtype)
+  dtype = resolve_dtype(config.dtype)
   common.make_folder(Path(config.output_dir).parent, output=config.output_dir)
   save_hf(
     source.load_params(make_mesh(config.mesh)),
@@ -83,7 +83,12 @@ def export_hf(config: ExportConfig) -> dict[str, Any]:
   return _summary(config.output_dir, source)
 
 
-def _dtype(name: str) -> str | None:
+def resolve_dtype(name: str) -> str | None:
+  """`--dtype` of a conversion: None for `stored`, which keeps that of each tensor.
+
+  Raises:
+    ValueError: No such dtype.
+  """
   if name not in DTYPES:
     raise ValueError(f'--dtype={name}: want one of {", ".join(DTYPES)}.')
   return None if name == 'stored' else name
