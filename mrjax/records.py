@@ -185,7 +185,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   count = 0
-  with _replace_atomically(path) as file:
+  with replace_atomically(path) as file:
     for record in records:
       file.write(dump_line(record))
       count += 1
@@ -193,7 +193,8 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
 
 
 @contextlib.contextmanager
-def _replace_atomically(path: Path) -> Iterator[BinaryIO]:
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+  """A file to write that takes its name when it is whole and on disk, or never."""
   scratch = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
   try:
     with open(scratch, 'xb') as file:

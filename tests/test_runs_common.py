@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mrjax.data.arithmetic import generate_problems
 from mrjax.records import write_jsonl
 from mrjax.runs import (
   build_tfds,
+  cli,
   collect,
   common,
   convert,
@@ -104,3 +106,34 @@ def test_a_file_is_no_output_directory(tmp_path):
   path.touch()
   with pytest.raises(OutputError, match=f'cannot write {path}: {path} is a file'):
     common.prepare_output_dir(path, Config(), overwrite=True, resume=True)
+
+
+def test_json_that_meets_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+  def full(_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(OSError, match='No space left'):
+    common.write_json(tmp_path / 'config.json', {'a': 1})
+  assert not list(tmp_path.iterdir())  # so that the directory can be used again
+
+
+@pytest.mark.parametrize(
+  'error, is_full',
+  [
+    (OSError(errno.ENOSPC, 'No space left on device', 'out/a'), True),
+    (ValueError('RESOURCE_EXHAUSTED: No space left on device'), True),
+    (ValueError('--size=0'), False),
+  ],
+)
+def test_binaries_say_what_to_do_about_a_full_disk(error, is_full, monkeypatch, capsys):
+  def main(_):
+    raise error
+
+  monkeypatch.setattr('absl.app.run', lambda guarded, **_: guarded(['name']))
+  with pytest.raises(SystemExit) as stop:
+    cli.run(main)
+  assert stop.value.code == 1
+  [line] = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ') and str(error) in line
+  assert ('free some space' in line) == is_full

@@ -1,6 +1,7 @@
 """How every binary starts and how it fails: one clear line, no traceback."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -36,6 +37,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       if absl_logging.get_verbosity() >= absl_logging.DEBUG:
         raise
       text = error.args[0] if isinstance(error, KeyError) and error.args else error
+      if _disk_is_full(error):
+        text = (
+          f'{text}. The disk is full. Nothing half-written will be taken for whole; '
+          'free some space, or choose another output, and run the command again.'
+        )
       notes = getattr(error, '__notes__', [])
       print(' '.join(['error:', str(text), *notes]), file=sys.stderr)
       sys.exit(1)
@@ -48,6 +54,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if asked & {'help', 'helpshort', 'helpfull', 'h', '?'} and stop.code == 1:
       sys.exit(0)
     raise
+
+
+def _disk_is_full(error: Exception) -> bool:
+  if isinstance(error, OSError):
+    return error.errno == errno.ENOSPC
+  return 'No space left on device' in str(error)  # as the writer of Orbax says it
 
 
 def _parse_flags(args: list[str]) -> list[str]:

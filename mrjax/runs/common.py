@@ -121,14 +121,9 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: str | Path, value: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one, never a half."""
-  path = Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  with temporary.open('w', encoding='utf-8') as file:
-    json.dump(value, file, indent=2, ensure_ascii=False)
-    file.write('\n')
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  text = json.dumps(value, indent=2, ensure_ascii=False) + '\n'
+  with records.replace_atomically(Path(path)) as file:
+    file.write(text.encode('utf-8'))
 
 
 class MetricsLog:

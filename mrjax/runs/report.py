@@ -1,10 +1,10 @@
 """Writes a page about runs: results, curves, and a browser of questions and samples."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
+from mrjax.records import replace_atomically
 from mrjax.runs.common import OutputError, make_folder
 from mrjax.runs.report_inputs import read_run
 from mrjax.runs.report_page import GENERATOR, render_page
@@ -84,9 +84,8 @@ def run(config: Config) -> dict[str, Any]:
   make_folder(output.parent, output=output)
   # A flag with half a surrogate pair has no UTF-8; embedded data are escaped already.
   page = render_page(runs, title=config.title).encode('utf-8', errors='replace')
-  temporary = output.with_name(f'.{output.name}.{os.getpid()}')
-  temporary.write_bytes(page)
-  os.replace(temporary, output)
+  with replace_atomically(output) as file:
+    file.write(page)
   return {
     'output': str(output),
     'num_runs': len(runs),

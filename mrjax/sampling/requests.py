@@ -129,7 +129,7 @@ def fit_requests(
       raise RequestError(
         f'The prompt of {request.problem_id!r} has {length} tokens; with '
         f'max_new_tokens={new} it needs {length + new} positions and the limit is '
-        f'{max_length}. Shorten it, lower max_new_tokens, or allow truncate_prompts.'
+        f'{max_length}. Shorten it, lower --max_new_tokens, or pass --truncate_prompts.'
       )
     ids = (*request.prompt_ids, *request.params.stop_ids)
     _check_ids(f'request for {request.problem_id!r}', ids, config)
