@@ -117,7 +117,13 @@ SUMMARY = {
   'steps': 1000,
   'checkpoint': 'out/checkpoints/1000',
 }
-LAST_STEP = {'num_records': 7, 'loss': 0.25, 'tokens_per_second': None}
+LAST_STEP = {
+  'num_records': 7,
+  'loss': 0.25,
+  'tokens_per_second': None,
+  'best': None,
+  'stopped': False,
+}
 
 
 @pytest.mark.parametrize(
@@ -129,9 +135,13 @@ LAST_STEP = {'num_records': 7, 'loss': 0.25, 'tokens_per_second': None}
       'out: 2,400 samples of 1,200 problems, 3 of them new; mean length 12.3 tokens, '
       '2.50% cut at the length limit',
     ),
-    ('train_sft.describe', SUMMARY, 'out/checkpoints/1000: 1,000 steps, done before'),
     (
-      'train_sft.describe',
+      'training_flags.describe',
+      SUMMARY,
+      'out/checkpoints/1000: 1,000 steps, done before',
+    ),
+    (
+      'training_flags.describe',
       SUMMARY | LAST_STEP,
       'out/checkpoints/1000: 1,000 steps on 7 records, last loss 0.2500',
     ),

@@ -255,7 +255,7 @@ def test_a_failing_save_leaves_nothing_at_the_output(tmp_path, hf_dir, monkeypat
     ('{"kind"', 'is damaged'),
     ('{}', 'is damaged'),
     (json.dumps({'format_version': 2, 'kind': 'model'}), "'model' in format 2"),
-    (json.dumps({'format_version': 1, 'kind': 'adapter'}), "kind 'adapter'"),
+    (json.dumps({'format_version': 1, 'kind': 'adapter'}), 'an mrjax adapter'),
   ],
 )
 def test_marker_of_another_kind_is_refused(tmp_path, text, match):

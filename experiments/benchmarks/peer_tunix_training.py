@@ -5,12 +5,9 @@ Prints one JSON line.
 """
 
 import json
-import os
 import resource
 import sys
 import time
-
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import jax.numpy as jnp
