@@ -120,6 +120,7 @@ def train(
   batches: TextBatches,
   *,
   loss_fn: step.LossFn,
+  weight: str = 'supervised_tokens',
   train_step: Callable[..., tuple[step.TrainState, dict]] = step.train_step,
   evaluate: Evaluate | None = None,
   prepare: Callable[[PyTree], PyTree] | None = None,
@@ -137,6 +138,7 @@ def train(
     setup: What `start` gave.
     batches: Of the training data.
     loss_fn: Its `frozen` holds the weights that do not train, and `constants`.
+    weight: What `metrics.jsonl` calls the weight of the loss.
     train_step: `step.train_step`, or what takes the same arguments.
     evaluate: Run every `eval_every` steps and before each checkpoint; the checkpoint
       with the least `loss` is never deleted.
@@ -228,8 +230,9 @@ def train(
       flops=plan.flops,
       # What devices reach in float32 is another number.
       peak=peak * setup.mesh.size
-      if peak and setup.decoder.dtype != 'float32'
+      if peak and np.dtype(setup.decoder.dtype).name == 'bfloat16'
       else None,
+      weight=weight,
       tensorboard=config.tensorboard,
       wandb=config.wandb_project,
     )

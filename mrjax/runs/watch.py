@@ -31,10 +31,10 @@ class TrainingWatch:
 
   A line of `metrics.jsonl` holds the means of `loss`, `padding` and what else the loss
   reports over the steps since the last one, `tokens_per_second` (padding not counted),
-  `mfu` (model FLOPs utilisation, where the peak is known), `supervised_tokens`,
-  `grad_norm` of the last step, `memory_gb` (the most that a device of this process, or
-  on a CPU the process itself, has held so far), and what `describe` says. Only process
-  0 writes.
+  `mfu` (model FLOPs utilisation, where the peak is known), the weight of the loss (such
+  as `supervised_tokens`), `grad_norm` of the last step, `memory_gb` (the most that a
+  device of this process, or on a CPU the process itself, has held so far), and what
+  `describe` says. Only process 0 writes.
   """
 
   def __init__(
@@ -47,6 +47,7 @@ class TrainingWatch:
     describe: Callable[[int], dict[str, float]],
     flops: StepFlops,
     peak: float | None,
+    weight: str,
     tensorboard: bool,
     wandb: str,
   ):
@@ -60,11 +61,12 @@ class TrainingWatch:
       describe: What else to report, for a number of steps done.
       flops: Operations of a step.
       peak: Operations a second of all devices together, where that is known.
+      weight: What to call the summed weight of the steps.
       tensorboard: Whether to write TensorBoard files.
       wandb: Project to log to; empty for none.
     """
     self._log_every, self._num_steps = log_every, num_steps
-    self._flops, self._peak = flops, peak
+    self._flops, self._peak, self._weight = flops, peak, weight
     self._describe = describe
     self._window: list[dict[str, float]] = []
     self._last: dict[str, float] = {}
@@ -102,7 +104,7 @@ class TrainingWatch:
     line |= {
       'grad_norm': window[-1]['grad_norm'],
       'tokens_per_second': total['tokens'] / total['seconds'],
-      'supervised_tokens': total['weight'],
+      self._weight: total['weight'],
       'memory_gb': peak_memory_bytes() / 1e9,
     } | self._describe(done)
     if self._peak:
