@@ -33,6 +33,7 @@ from mrjax.training import flops, loop, optimizer, step
 from mrjax.training.preemption import StopSignal
 
 PyTree = Any
+_NAMES_SHOWN = 16
 
 
 # (trainable, frozen) -> metrics; `loss` is what the best checkpoint has least of.
@@ -272,7 +273,7 @@ def train(
         else None,
       )
     except loop.NonFiniteLossError as error:
-      raise _name_records(error, batches) from None
+      raise _name_records(error, batches, output_dir) from None
     finally:
       watch.close()
     store.wait()
@@ -306,10 +307,16 @@ def _log_attention(setup: Setup, row_length: int) -> None:
 
 
 def _name_records(
-  error: loop.NonFiniteLossError, batches: TextBatches
+  error: loop.NonFiniteLossError, batches: TextBatches, output_dir: Path
 ) -> loop.NonFiniteLossError:
+  """The error with the first records of its step; all of them go to a file."""
+  names = batches.names(error.step - 1)
+  path = output_dir / 'non_finite.json'
+  if jax.process_index() == 0:
+    common.write_json(path, {'step': error.step, 'records': names})
   error.add_note(
-    f'Its records: {", ".join(batches.names(error.step - 1))}. Lower '
-    '--learning_rate, or look at them.'
+    f'Its records: {", ".join(names[:_NAMES_SHOWN])}'
+    f'{f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""}; '
+    f'{path} has all of them. Lower --learning_rate, or look at them.'
   )
   return error
