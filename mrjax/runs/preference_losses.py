@@ -95,6 +95,8 @@ def completion_logps(
     num_texts: Most texts that a row holds, S.
     key: Of dropout; None for none.
   """
+  if key is None:
+    decoder = decoder.clone(lora_dropout=0.0)
   hidden_BTD: Any = decoder.apply(
     {'params': params},
     batch['tokens'],
