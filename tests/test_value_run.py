@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.source import resolve_model
 from mrjax.losses.value import ValueHead, expected_rewards
 from mrjax.models.decoder import Decoder
 from mrjax.records import write_jsonl
@@ -180,6 +181,9 @@ def test_a_value_model_is_no_language_model_and_the_other_way_round(q_run):
   config, _, _ = q_run
   with pytest.raises(CheckpointError, match=r"'tiny-0\.2m' is no value model"):
     resolve_value_model('tiny-0.2m')
+  mesh = make_mesh('data:1', jax.devices()[:1])
+  with pytest.raises(CheckpointError, match='is a value model: it predicts rewards'):
+    resolve_model(config.output_dir).load_params(mesh)
   head_file = Path(config.output_dir) / 'value_head.json'
   text = head_file.read_text()
   try:

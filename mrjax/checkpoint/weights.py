@@ -257,8 +257,13 @@ def check_leaves(
   """Holds the parameter paths and shapes of a tree against what the config asks for.
 
   Raises:
-    CheckpointError: A leaf too many, too few or of a wrong shape.
+    CheckpointError: A leaf too many, too few or of a wrong shape; a value model.
   """
+  if 'value_head/kernel' in found:
+    raise CheckpointError(
+      f'{where} is a value model: it predicts rewards, not tokens. Give a language '
+      'model.'
+    )
   want = {n: leaf.shape for n, leaf in trees.flatten(param_shapes(config)).items()}
   for names, fault in (
     (want.keys() - found.keys(), 'lacks'),
