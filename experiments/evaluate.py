@@ -12,7 +12,8 @@ On a TPU VM (not measured yet), GSM8K with eight samples a problem and majority 
     --data=gsm8k:test --prompt_template=chat --rule=gsm8k --num_samples=8 \
     --temperature=0.7 --max_new_tokens=512 --output_dir=outputs/evaluation
 
-Run it again with the same flags after it was stopped, and it goes on.
+--adapter=outputs/lora evaluates the model with an adapter on it. Run it again with the
+same flags after it was stopped, and it goes on.
 """
 
 import dataclasses

@@ -11,6 +11,11 @@ On a TPU VM with four chips (not measured yet), two copies of the model:
     --data=gsm8k:train --prompt_template=chat --num_samples=100 --temperature=0.7 \
     --max_new_tokens=512 --mesh=data:2,tensor:2 --output_dir=outputs/samples
 
+An adapter that train_sft or train_preference trained, or PEFT, goes on its base:
+
+  python -m experiments.sample --model=tiny-1m --adapter=outputs/lora \
+    --data='arithmetic:test?size=100' --prompt_template=qa --output_dir=outputs/adapted
+
 Run it again with the same flags after it was stopped, and it goes on; rows that are
 there stay as they are. A row depends on the weights, its prompt, --seed, the id of its
 problem and its sample index, not on --mesh, --max_batch, or the other rows.
@@ -29,6 +34,9 @@ _D = sample.Config
 _FLAGS = (
   flags.DEFINE_string(
     'model', None, 'Embedded name, HF directory, hub id or checkpoint.', required=True
+  ),
+  flags.DEFINE_string(
+    'adapter', _D.adapter, 'PEFT directory, mrjax adapter or run that goes on it.'
   ),
   flags.DEFINE_string('tokenizer', _D.tokenizer, "Empty: the model's own."),
   flags.DEFINE_string(

@@ -4,6 +4,8 @@ Input records carry `prompt` and `completion`; the output holds the same records
 `token_ids`, `logprobs`, `logprob_sum` and `num_tokens`, EOS included:
 
   python -m experiments.score --model=tiny-1m --input=sft.jsonl --output=scored.jsonl
+
+--adapter puts a run that trained an adapter, or a PEFT directory, on the model.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,9 @@ _D = score.Config
 _FLAGS = (
   flags.DEFINE_string(
     'model', None, 'Embedded name, HF directory, hub id or checkpoint.', required=True
+  ),
+  flags.DEFINE_string(
+    'adapter', _D.adapter, 'PEFT directory, mrjax adapter or run that goes on it.'
   ),
   flags.DEFINE_string('tokenizer', _D.tokenizer, "Empty: the model's own."),
   flags.DEFINE_string('input', None, 'Directory, file or glob.', required=True),

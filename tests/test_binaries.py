@@ -21,15 +21,15 @@ PROMISED = {
   'checkpoints_conversion.orbax_to_peft': 'checkpoint output_dir',
   'checkpoints_conversion.peft_to_orbax': 'model peft_dir output_dir',
   'checkpoints_conversion.verify': 'hf_dir checkpoint',
-  'experiments.evaluate': f'{RUN_FLAGS} {SAMPLING_FLAGS} rule overwrite',
+  'experiments.evaluate': f'{RUN_FLAGS} {SAMPLING_FLAGS} adapter rule overwrite',
   'experiments.grade': 'rule input output metrics vote',
   'experiments.quickstart': 'model output_dir',
   'experiments.report': 'runs output',
   'experiments.rft.collect': (
     'problems samples output stats dedup calculator_check include_human'
   ),
-  'experiments.sample': f'{RUN_FLAGS} {SAMPLING_FLAGS} overwrite',
-  'experiments.score': 'model input output',
+  'experiments.sample': f'{RUN_FLAGS} {SAMPLING_FLAGS} adapter overwrite',
+  'experiments.score': 'model adapter input output',
   'experiments.train_sft': f'{RUN_FLAGS} overwrite profile_steps explain_sharding',
 }
 TEXT_ONLY = ('experiments.grade', 'experiments.report', 'experiments.rft.collect')

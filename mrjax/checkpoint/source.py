@@ -16,6 +16,7 @@ from mrjax.checkpoint import orbax, weights
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.checkpoint.fingerprint import fingerprint
 from mrjax.checkpoint.hf import load_hf, stored_dtypes
+from mrjax.checkpoint.peft_config import CONFIG
 from mrjax.checkpoint.safetensors_files import DTYPES
 from mrjax.checkpoint.store import ADAPTER, PART, WHOLE, read_metadata
 from mrjax.lora import masks
@@ -192,6 +193,11 @@ def _from_directory(name: str, path: Path) -> ModelSource:
   run = path.absolute().parent.parent
   if path.absolute().parent.name == 'checkpoints' and (run / 'hf').is_dir():
     return _from_step(name, path, run / 'hf')
+  if (path / CONFIG).is_file() and not any(path.glob('model*.safetensors')):
+    raise CheckpointError(
+      f'{name} holds no model but a PEFT adapter. Pass it as --adapter, and as --model '
+      'what it was trained on.'
+    )
   if not (path / 'config.json').is_file():
     raise FileNotFoundError(
       f'Model {name!r} holds neither config.json (a Hugging Face model), '

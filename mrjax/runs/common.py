@@ -31,7 +31,12 @@ class OutputError(ValueError):
 
 
 def prepare_output_dir(
-  path: str | Path, config: Any, *, overwrite: bool, resume: bool = False
+  path: str | Path,
+  config: Any,
+  *,
+  overwrite: bool,
+  resume: bool = False,
+  facts: Mapping[str, Any] | None = None,
 ) -> Path:
   """Makes an output directory and writes `config.json` into it.
 
@@ -41,6 +46,7 @@ def prepare_output_dir(
     overwrite: Delete what an earlier run left. Only a directory that a run of mrjax
       made (it holds `config.json`) is ever deleted.
     resume: Accept the directory of an earlier run with the same configuration.
+    facts: Recorded, and held against an earlier run, as the fields of `config` are.
 
   Raises:
     OutputError: It cannot be made; it holds files and neither flag allows them; or it
@@ -58,7 +64,8 @@ def prepare_output_dir(
       )
     shutil.rmtree(path)
     used = False
-  fields = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+  everything = dataclasses.asdict(config) | dict(facts or {})
+  fields = json.loads(json.dumps(everything, default=str))
   if used:
     if not resume:
       raise OutputError(

@@ -4,10 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from mrjax import trees
 from mrjax.checkpoint import orbax
+from mrjax.checkpoint.adapted import AdaptedModel
 from mrjax.checkpoint.adapters import AdapterSource, resolve_adapter, save_adapter
 from mrjax.checkpoint.directories import CheckpointError, check_replaceable
 from mrjax.checkpoint.fingerprint import fingerprint
@@ -15,8 +14,6 @@ from mrjax.checkpoint.hf import peak_host_bytes, save_hf
 from mrjax.checkpoint.peft import save_peft
 from mrjax.checkpoint.peft_config import CONFIG
 from mrjax.checkpoint.source import ModelSource, resolve_model
-from mrjax.lora import masks
-from mrjax.lora.adapters import fold
 from mrjax.models.config import DecoderConfig, load_hf_config
 from mrjax.runs import common
 from mrjax.runs.convert import resolve_dtype
@@ -120,16 +117,8 @@ def fold_adapter(config: FoldConfig) -> dict[str, Any]:
   dtype = resolve_dtype(config.dtype)
   found = resolve_adapter(config.adapter)
   source = _base(found, config.model)
-  mesh = make_mesh(config.mesh)
-  adapter = found.load(source.config, mesh, jnp.float32)
-  quantize = found.base.get('quantize', '')
-  if quantize:  # the fingerprint is that of the quantised weights
-    found.check_base(source.load_params(mesh, quantize=quantize))
-  params = source.load_params(mesh)
-  if not quantize:
-    found.check_base(params)
+  params = AdaptedModel(source, found).load_params(make_mesh(config.mesh))
   common.make_folder(Path(config.output_dir).parent, output=config.output_dir)
-  params = fold(masks.merge(adapter, params), found.lora, donate=True)
   save_hf(
     params,
     source.config,

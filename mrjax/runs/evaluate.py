@@ -8,12 +8,13 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mrjax.checkpoint.source import resolve_model
+from mrjax.checkpoint.adapted import resolve_adapted
 from mrjax.data.problems import Problem, load_problems
 from mrjax.grading.rules import get_rule
 from mrjax.grading.votes import VOTES
 from mrjax.records import write_jsonl
 from mrjax.runs import common, grade, sample
+from mrjax.sharding.mesh import make_mesh
 
 # A prompt that asks for another form of answer than the reference solution has. By
 # layout and by form: 'number' (`#### 18`), 'boxed' or 'choice'.
@@ -65,12 +66,14 @@ def run(config: Config) -> dict[str, Any]:
   )
   grade.golds_of(problems, config.data)  # every problem must have one
   rule = config.rule or default_rule(config.prompt_template, problems)
-  resolve_model(config.model)  # a wrong name fails before the directory is made
+  # A wrong name, mesh or adapter fails before the directory is made.
+  model = resolve_adapted(config.model, config.adapter)
   common.start_processes()
+  facts = model.adapter_facts(make_mesh(config.mesh, jax.local_devices()))
   output_dir = Path(config.output_dir)
   if jax.process_index() == 0:
     common.prepare_output_dir(
-      output_dir, config, overwrite=config.overwrite, resume=True
+      output_dir, config, facts=facts, overwrite=config.overwrite, resume=True
     )
     write_jsonl(
       output_dir / 'problems.jsonl', (problem.to_record() for problem in problems)

@@ -221,7 +221,7 @@ def _levels_table(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _about(run: Run) -> str:
-  names = [str(run.settings.get(key) or '') for key in ('model', 'data')]
+  names = [str(run.settings.get(key) or '') for key in ('model', 'adapter', 'data')]
   short = [
     n if len(n) <= _ABOUT_LENGTH else f'…{n[-_ABOUT_LENGTH:]}' for n in names if n
   ]
@@ -242,6 +242,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     'Directory': run.path,
     'Command': command,
     'Model': run.settings.get('model'),
+    'Adapter': run.settings.get('adapter'),
     'Data': run.settings.get('data'),
     'Grading rule': run.metrics.get('rule'),
     'Device': device,

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mrjax.checkpoint.source import ModelSource, resolve_model
+from mrjax.checkpoint.adapted import AdaptedModel, resolve_adapted
 from mrjax.data.problems import load_problems
 from mrjax.data.prompts import render_prompt
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
@@ -35,6 +35,7 @@ class Config:
   """One sampling run; all but `mesh` and `max_batch` decide what its rows are."""
 
   model: str = ''  # embedded name, HF directory, hub id or mrjax checkpoint
+  adapter: str = ''  # PEFT directory, mrjax adapter or run; empty: none
   tokenizer: str = ''  # empty: the model's own
   data: str = ''  # problems, NAME:SPLIT
   data_root: str = ''  # directory with local copies of named data sets
@@ -97,7 +98,8 @@ def run(config: Config) -> dict[str, Any]:
     ValueError: What is asked cannot be done; before weights are loaded.
     OutputError: `output_dir` belongs to something else.
   """
-  source = resolve_model(config.model)
+  model = resolve_adapted(config.model, config.adapter)
+  source = model.source
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
   tokenizer.check_fits(source.config.vocab_size)
   requests = fit_requests(
@@ -108,10 +110,11 @@ def run(config: Config) -> dict[str, Any]:
   common.start_processes()
   mesh = make_mesh(config.mesh, jax.local_devices())
   check_mesh(source.config, mesh, max_batch=config.max_batch)
+  facts = model.adapter_facts(mesh)
   process, count = jax.process_index(), jax.process_count()
   if process == 0:
     common.prepare_output_dir(
-      config.output_dir, config, overwrite=config.overwrite, resume=True
+      config.output_dir, config, facts=facts, overwrite=config.overwrite, resume=True
     )
   if count > 1:
     multihost_utils.sync_global_devices('mrjax output directory')
@@ -119,7 +122,7 @@ def run(config: Config) -> dict[str, Any]:
   check_shards(shard, count)
   with only_writer(shard), JsonlAppender(shard) as appender:
     return _run_shard(
-      config, source, mesh, tokenizer, requests[process::count], appender
+      config, model, mesh, tokenizer, requests[process::count], appender
     )
 
 
@@ -138,7 +141,7 @@ def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:
 
 def _run_shard(
   config: Config,
-  source: ModelSource,
+  model: AdaptedModel,
   mesh: Mesh,
   tokenizer: Tokenizer,
   requests: Sequence[Request],
@@ -151,8 +154,8 @@ def _run_shard(
   if missing:
     dtype = common.resolve_dtype(config.dtype)
     engine = Engine(
-      source.config,
-      source.load_params(mesh, dtype=dtype),
+      model.source.config,
+      model.load_params(mesh, dtype),
       mesh,
       dtype=dtype,
       max_batch=config.max_batch,

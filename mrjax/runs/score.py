@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mrjax.checkpoint.source import resolve_model
+from mrjax.checkpoint.adapted import resolve_adapted
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.records import DataError, Record, expand_inputs, read_numbered, write_jsonl
 from mrjax.runs import common
@@ -25,6 +25,7 @@ class Config:
   """One scoring run."""
 
   model: str = ''  # embedded name, HF directory, hub id or mrjax checkpoint
+  adapter: str = ''  # PEFT directory, mrjax adapter or run; empty: none
   input: str = ''  # records with `prompt` and `completion`; directory, file or glob
   output: str = ''  # one JSON Lines file
   tokenizer: str = ''  # empty: the model's own
@@ -64,7 +65,8 @@ def run(config: Config) -> dict[str, Any]:
   """
   check_output(config.output, overwrite=config.overwrite)
   paths = expand_inputs(config.input)
-  source = resolve_model(config.model)
+  model = resolve_adapted(config.model, config.adapter)
+  source = model.source
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
   tokenizer.check_fits(source.config.vocab_size)
   max_length = source.config.max_positions
@@ -75,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
   dtype = common.resolve_dtype(config.dtype)
   engine = Engine(
     source.config,
-    source.load_params(mesh, dtype=dtype),
+    model.load_params(mesh, dtype),
     mesh,
     dtype=dtype,
     max_batch=config.max_batch,
