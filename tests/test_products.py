@@ -31,6 +31,24 @@ def test_values_and_gradients_are_those_of_the_plain_product(dtype):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_and_those_of_a_down_projection(dtype):
+  keys = jax.random.split(jax.random.key(1), 3)
+  x, a = (jax.random.normal(key, s, dtype) for key, s in zip(keys, [(7, 12), (12, 5)]))
+  dh = jax.random.normal(keys[2], (7, 5))
+  plain = lambda x, a: x.astype(jnp.float32) @ a.astype(jnp.float32)
+  want, pull_want = jax.vjp(plain, x, a)
+  got, pull_got = jax.vjp(products.down_projection, x, a)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+  tolerance = 1e-6 if dtype == 'float32' else 2e-2  # dh is rounded before its products
+  for a, b in zip(pull_got(dh), pull_want(dh), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(
+      np.float32(a), np.float32(b), rtol=tolerance, atol=4 * tolerance
+    )
+
+
 def test_only_what_has_a_gradient_is_kept():
   x, kernel = jnp.ones((70, 12)), jnp.ones((3, 4, 2, 5))
   size = lambda pull: sum(x.nbytes for x in jax.tree.leaves(pull))

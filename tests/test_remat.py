@@ -1,11 +1,15 @@
 """Remat policies change what is kept, and no number."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import traced
 
+from mrjax.lora import masks
+from mrjax.lora.adapters import LoraConfig, init_adapter
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import REMAT_POLICIES, Decoder
 from mrjax.sharding.mesh import make_mesh
@@ -88,6 +92,25 @@ def test_what_is_kept_is_what_the_table_says(params):
   assert sizes['attention'] == D + N * H + softmax_sums
   assert sizes['full'] == sizes['offload'] == D
   assert sizes['none'] > sizes['minimal']
+
+
+def test_of_an_adapters_products_only_the_sum_with_the_kernels_is_kept(params):
+  lora = LoraConfig(rank=3)
+  adapter = init_adapter(CONFIG, lora, jax.random.key(2))
+  decoder = Decoder(
+    CONFIG, remat='minimal', lora_scale=lora.scale, attention_backend='blocks'
+  )
+
+  def loss(adapter, frozen):
+    variables = {'params': masks.merge(adapter, frozen)}
+    return jnp.square(decoder.apply(variables, TOKENS, method='hidden')).mean()
+
+  def residuals(adapter, frozen):
+    return jax.vjp(functools.partial(loss, frozen=frozen), adapter)[1]
+
+  found = jax.tree.leaves(jax.eval_shape(residuals, adapter, params))
+  as_wide_as_feed_forward = [x for x in found if x.size == L * B * T * F]
+  assert len(as_wide_as_feed_forward) == 2  # gate and up
 
 
 def test_offload_moves_the_input_of_each_layer_to_the_host_and_back(params):

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mrjax.models import products, quantized
 from mrjax.models.attention import NO_WINDOW, KVPart, attention, cached_attention
 from mrjax.models.config import DecoderConfig
-from mrjax.models.remat import LAYER_INPUT
+from mrjax.models.remat import LAYER_INPUT, PRODUCT
 from mrjax.models.rope import apply_rope
 from mrjax.sharding.mesh import BATCH_AXES, constrain
 
@@ -89,7 +89,7 @@ class Linear(nn.Module):
     y = self._product(x_2d)
     if self.has_variable('params', 'lora_a'):
       y = y + self._adapter(x_2d)
-    y = y.reshape(*rows, *self.out_dims)
+    y = checkpoint_name(y, PRODUCT).reshape(*rows, *self.out_dims)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, self.out_dims, jnp.float32)
       y = y + bias.astype(self.dtype)
@@ -127,7 +127,7 @@ class Linear(nn.Module):
     b_RO = b_RO.astype(self.dtype).reshape(a_IR.shape[1], -1)
     # The product with A is small: float32 here costs nothing and keeps what a low
     # precision would round away before B.
-    h_2d = jnp.dot(x_2d, a_IR, preferred_element_type=jnp.float32) * self.lora.scale
+    h_2d = products.down_projection(x_2d, a_IR) * self.lora.scale
     return h_2d.astype(self.dtype) @ b_RO
 
 

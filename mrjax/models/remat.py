@@ -15,29 +15,28 @@ Attention is the output of a kernel, and its softmax sums. That of the `referenc
 backend, which needs all its scores again, is always computed twice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 POLICIES = ('none', 'minimal', 'attention', 'full', 'offload')
-LAYER_INPUT, ATTENTION = 'layer_input', 'attention'  # tensors named for these policies
+# Tensors named for these policies: a layer's input, its products with weights (an
+# adapter's share included), and its attention.
+LAYER_INPUT, PRODUCT, ATTENTION = 'layer_input', 'product', 'attention'
 # cuDNN's output and softmax sums; JAX gives them no name.
 _CUDNN_ATTENTION = 'dot_product_attention_fwd_wrapper'
 
-_is_named_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
-_is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
+def _keep(*names: str) -> Callable[..., bool]:
+  is_named = jax.checkpoint_policies.save_only_these_names(*names)
 
-def _keep_attention(primitive, *args, **params):
-  is_cudnn = primitive.name == _CUDNN_ATTENTION
-  return is_cudnn or _is_named_attention(primitive, *args, **params)
+  def policy(primitive, *args, **params):
+    is_cudnn = primitive.name == _CUDNN_ATTENTION
+    return is_cudnn or is_named(primitive, *args, **params)
 
-
-def _keep_products(primitive, *args, **params):
-  return _is_product(primitive, *args, **params) or _keep_attention(
-    primitive, *args, **params
-  )
+  return policy
 
 
 def remat_layer(layer: Any, name: str, *, prevent_cse: bool) -> Any:
@@ -57,8 +56,8 @@ def remat_layer(layer: Any, name: str, *, prevent_cse: bool) -> Any:
   if name == 'none':
     return layer
   policy = {
-    'minimal': _keep_products,
-    'attention': _keep_attention,
+    'minimal': _keep(PRODUCT, ATTENTION),
+    'attention': _keep(ATTENTION),
     'full': None,
     'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
       names_which_can_be_saved=[],
