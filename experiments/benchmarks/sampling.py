@@ -112,6 +112,8 @@ def _take_turns(commands: dict[str, list[str]]) -> dict[str, list[float]]:
   # One CPU device a core for mrjax: rows are independent, and a device alone leaves
   # the other cores idle between its bigger products.
   environ = os.environ | {'JAX_NUM_CPU_DEVICES': str(hardware()['cores'])}
+  # Huge pages are what our own programs ask for; peers run as they come.
+  environ.pop('GLIBC_TUNABLES', None)
   rates: dict[str, list[float]] = {name: [] for name in commands}
   with contextlib.ExitStack() as stack:
     processes = {}
