@@ -4,19 +4,15 @@ XLA's TPU compiler comes with `libtpu` and needs no TPU: it compiles for the dev
 a described topology. No weights are made; arguments are shapes with shardings.
 """
 
-import concurrent.futures
 import functools
-import importlib.util
 import math
-import multiprocessing
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_slices import Memory, describe_slice, memory_of, on
 
 from mrjax import trees
 from mrjax.checkpoint.weights import param_shapes
@@ -100,23 +96,6 @@ class Program(NamedTuple):
   jitted: Any
   args: tuple
   mesh: Mesh
-
-
-class Memory(NamedTuple):
-  """What the compiler says a program needs, bytes on one device."""
-
-  arguments: int
-  outputs: int
-  reused: int  # outputs that are written over arguments
-  temporary: int
-  peak: int
-
-
-def on(shardings, shapes):
-  """The shapes, each with where it lives."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
 
 
 def sft_state(config: DecoderConfig, tx):
@@ -204,49 +183,17 @@ def weight_bytes(name: str) -> int:
   return trees.num_bytes(param_shapes(config, jnp.bfloat16))
 
 
-# One process for all compilations. libtpu is never loaded into a test process: it
-# takes over signals, and a fault in it ends the process.
-@pytest.fixture(scope='module')
-def compiler():
-  if importlib.util.find_spec('libtpu') is None:
-    pytest.skip(
-      'needs the TPU compiler: make tpu-compile, or '
-      "pip install -c constraints.txt -e '.[tpu-compile]'"
-    )
-  with concurrent.futures.ProcessPoolExecutor(
-    max_workers=1,
-    mp_context=multiprocessing.get_context('spawn'),
-    initializer=prepare_compiler,
-  ) as pool:
-    yield lambda build, name: pool.submit(compile_for_tpu, build, name).result()
-
-
-def prepare_compiler() -> None:
-  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # there is no TPU VM to ask about itself
-  # Another process on this machine may compile too; no chip is taken by it.
-  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-  jax.config.update('jax_platforms', 'cpu')
-
-
 def compile_for_tpu(build, name: str) -> Memory:
-  devices = topologies.get_topology_desc(TOPOLOGY, 'tpu').devices
+  devices = describe_slice(TOPOLOGY)
   assert len(devices) == NUM_CHIPS
-  assert devices[0].platform == 'tpu'
   program = build(name, devices)
   with jax.set_mesh(program.mesh):
-    memory = program.jitted.lower(*program.args).compile().memory_analysis()
-  return Memory(
-    arguments=memory.argument_size_in_bytes,
-    outputs=memory.output_size_in_bytes,
-    reused=memory.alias_size_in_bytes,
-    temporary=memory.temp_size_in_bytes,
-    peak=memory.peak_memory_in_bytes,
-  )
+    return memory_of(program.jitted.lower(*program.args).compile())
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_the_sft_step_compiles_for_a_slice(compiler, name):
-  memory = compiler(sft_step, name)
+def test_the_sft_step_compiles_for_a_slice(tpu_compiler, name):
+  memory = tpu_compiler(compile_for_tpu, sft_step, name)
   config = DecoderConfig.from_hf(CASES[name].hf_config)
   # Weights and both moments are split over all chips: only vectors are whole on each.
   state_bytes = trees.num_bytes(sft_state(config, make_tx()))
@@ -260,8 +207,8 @@ def test_the_sft_step_compiles_for_a_slice(compiler, name):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_prefill_compiles_for_a_slice(compiler, name):
-  memory = compiler(prefill, name)
+def test_prefill_compiles_for_a_slice(tpu_compiler, name):
+  memory = tpu_compiler(compile_for_tpu, prefill, name)
   # A copy of the weights on each data shard, split over tensor, and small inputs.
   split = weight_bytes(name) / make_mesh(CASES[name].sample_mesh).shape['tensor']
   assert split < memory.arguments < CASES[name].padding * split
@@ -269,8 +216,8 @@ def test_prefill_compiles_for_a_slice(compiler, name):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_decode_compiles_for_a_slice(compiler, name):
-  memory = compiler(decode, name)
+def test_decode_compiles_for_a_slice(tpu_compiler, name):
+  memory = tpu_compiler(compile_for_tpu, decode, name)
   # The cache is updated where it lies.
   assert memory.reused > 0.99 * memory.outputs
   # Nothing is gathered or copied for the loop that is as large as weights or cache: a
