@@ -73,6 +73,33 @@ def test_chunked_cross_entropy_is_the_plain_one(batch, name, chunk_size):
   assert_close(grads, want_grads)
 
 
+def test_gradients_of_cross_entropy_are_softmax_minus_one_hot(batch):
+  """By hand in float64, of the plain and the chunked form."""
+  tokens, segments = batch['tokens'], batch['segments']
+  kernel = np.asarray(head_params('kernel')['kernel'], np.float64)
+  hidden = batch['hidden'].astype(np.float64)
+  logits = hidden @ kernel
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  want_logits, want_loss = np.zeros_like(logits), 0.0
+  for b, t in np.ndindex(B, T - 1):
+    if batch['loss_mask'][b, t + 1] and segments[b, t] == segments[b, t + 1]:
+      want_logits[b, t] = probs[b, t] - np.eye(V)[tokens[b, t + 1]]
+      want_loss -= np.log(probs[b, t, tokens[b, t + 1]])
+  facts = tokens, batch['loss_mask'], segments
+  loss, grads = jax.value_and_grad(lambda x: losses.cross_entropy(x, *facts)[0])(
+    logits.astype(np.float32)
+  )
+  # Rounding of float32 logits of up to 8; the gradient is at most 1.
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+  np.testing.assert_allclose(grads, want_logits, atol=2e-6)
+  chunked = lambda kernel, hidden: losses.chunked_cross_entropy(
+    linear_head, {'kernel': kernel}, hidden, *facts, chunk_size=8
+  )[0]
+  grads = jax.grad(chunked, (0, 1))(kernel.astype(np.float32), batch['hidden'])
+  want = np.einsum('BTD,BTV->DV', hidden, want_logits), want_logits @ kernel.T
+  assert_close(grads, want)
+
+
 @pytest.mark.parametrize('name', HEADS)
 def test_weighted_logps_are_the_plain_weighted_sum(batch, name):
   weights = np.where(batch['loss_mask'], batch['weights'], 0.0)
