@@ -1,82 +1,36 @@
 """A run that is killed again and again ends with the weights of one that was not."""
 
 import dataclasses
-import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import pytest
-from tiny_runs import assert_same, make_config, metrics_of, weights_of, write_model
+import numpy as np
+from process_runs import finish, kill, last_step, started, wait_for
+from tiny_runs import (
+  assert_same,
+  make_config,
+  metrics_of,
+  read_tree,
+  weights_of,
+  write_model,
+)
 
-from mrjax.runs import sft
-
-REPO = Path(__file__).parents[1]
 NUM_STEPS = 60
-WORKER = """
-import json, logging, sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', int(sys.argv[2]))
-logging.basicConfig(format='%(message)s')
-from mrjax.runs import sft
-sft.run(sft.Config(**json.loads(sys.argv[1])))
-"""
+NUM_KILLS = 5
 
 
-def start(made: sft.Config, num_processes: int = 1) -> list[subprocess.Popen]:
-  """Starts a run on two devices, in one process or one in each of two."""
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port = probe.getsockname()[1]
-  workers = []
-  for i in range(num_processes):
-    environment = dict(os.environ)
-    if num_processes > 1:
-      environment |= {
-        'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-        'JAX_NUM_PROCESSES': str(num_processes),
-        'JAX_PROCESS_ID': str(i),
-      }
-    command = [sys.executable, '-c', WORKER, json.dumps(dataclasses.asdict(made))]
-    workers.append(
-      subprocess.Popen(
-        [*command, str(2 // num_processes)],
-        cwd=REPO,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  return workers
+def random_moments() -> list[int]:
+  """Steps to kill at, 8 to 12 apart: further than a run goes on until it notices."""
+  rng = random.Random(0)
+  return [4 + 10 * i + rng.randrange(-2, 3) for i in range(NUM_KILLS)]
 
 
-def finish(workers: list[subprocess.Popen]) -> str:
-  """Waits for all to succeed, and returns what the first of them said."""
-  said = [worker.communicate(timeout=900)[1] for worker in workers]
-  for worker, text in zip(workers, said):
-    assert worker.returncode == 0, text[-3000:]
-  return said[0]
-
-
-def wait_for(made: sft.Config, workers: list[subprocess.Popen], step: int) -> None:
-  """Returns once a step is reported, while the run goes on."""
-  path = Path(made.output_dir) / 'metrics.jsonl'
-  deadline = time.monotonic() + 900
-  while time.monotonic() < deadline:
-    if path.is_file() and f'"step": {step},' in path.read_text():
-      assert all(worker.poll() is None for worker in workers), 'it ended too soon'
-      return
-    for worker in workers:
-      assert worker.poll() is None, worker.communicate()[1][-3000:]
-    time.sleep(0.01)
-  pytest.fail(f'step {step} was not reached')
+def kill_at(config, moment: int, num_processes: int = 1) -> None:
+  before = last_step(config.output_dir)
+  with started(config, num_processes) as workers:
+    wait_for(config.output_dir, workers, moment, before=before)
+    kill(workers)
+    assert all(worker.returncode == -signal.SIGKILL for worker in workers)
 
 
 def test_five_kills_two_processes_and_another_mesh_leave_no_trace(tmp_path):
@@ -90,27 +44,50 @@ def test_five_kills_two_processes_and_another_mesh_leave_no_trace(tmp_path):
     'clip_norm': 0.0,
   }
   whole = make_config(model, tmp_path / 'whole', **changes)
-  first = start(whole)
   killed = make_config(model, tmp_path / 'killed', **changes)
-  moments = sorted(random.Random(0).sample(range(4, NUM_STEPS - 6), 5))
   legs = [(killed, 1), (killed, 1), (killed, 2), (killed, 1)]
   legs.append((dataclasses.replace(killed, mesh='fsdp:1,data:2'), 1))
-  for (made, num_processes), moment in zip(legs, moments):
-    workers = start(made, num_processes)
-    wait_for(made, workers, moment)
-    for worker in workers:
-      os.kill(worker.pid, signal.SIGKILL)
-    for worker in workers:
-      worker.communicate()
-    assert len([x for x in metrics_of(made.output_dir) if 'loss' in x]) < NUM_STEPS
-  # A wish to stop, sent to the second of two processes, ends both after a save.
-  workers = start(killed, 2)
-  wait_for(killed, workers, moments[-1] + 2)
-  os.kill(workers[1].pid, signal.SIGTERM)
-  said = finish(workers)
-  assert 'Run the same command to go on' in said
-  finish(start(killed))
-  steps = [line['step'] for line in metrics_of(killed.output_dir)]
-  assert steps == list(range(1, NUM_STEPS + 1))
-  finish(first)
+  with started(whole) as first:
+    for (config, num_processes), moment in zip(legs, random_moments(), strict=True):
+      kill_at(config, moment, num_processes)
+    # A wish to stop, sent to the second of two processes, ends both after a save.
+    before = last_step(killed.output_dir)
+    with started(killed, 2) as workers:
+      wait_for(killed.output_dir, workers, before + 2, before=before)
+      workers[1].send_signal(signal.SIGTERM)
+      assert 'Run the same command to go on' in finish(workers)
+    assert last_step(killed.output_dir) < NUM_STEPS
+    with started(killed) as workers:
+      finish(workers)
+    steps = [line['step'] for line in metrics_of(killed.output_dir)]
+    assert steps == list(range(1, NUM_STEPS + 1))
+    finish(first)
   assert_same(weights_of(killed.output_dir), weights_of(whole.output_dir))
+
+
+def test_dropout_goes_on_where_a_kill_left_it(tmp_path):
+  model = write_model(tmp_path / 'model')
+  changes = {
+    'mesh': 'fsdp:2,data:1',
+    'lora_rank': 3,
+    'lora_dropout': 0.4,
+    'learning_rate': 0.05,
+    'save_every': 4,
+    'keep_last': 9,
+    'num_steps': 20,
+  }
+  whole = make_config(model, tmp_path / 'whole', **changes)
+  killed = make_config(model, tmp_path / 'killed', **changes)
+  with started(whole) as first:
+    kill_at(killed, 9)  # a save waits for the one before, so that step 4 is whole
+    assert (tmp_path / 'killed' / 'checkpoints' / '4').is_dir()
+    assert not (tmp_path / 'killed' / 'checkpoints' / '20').exists()
+    with started(killed) as workers:
+      finish(workers)
+    finish(first)
+  ours, theirs = (
+    read_tree(tmp_path / name / 'checkpoints' / '20' / 'adapter')
+    for name in ('killed', 'whole')
+  )
+  assert_same(ours, theirs)
+  assert all(np.any(x) for x in theirs.values())
