@@ -135,7 +135,7 @@ def define(defaults: type[Config], *, data: str) -> Iterable[flags.FlagHolder[An
     flags.DEFINE_integer(
       'resume_step',
       d.resume_step,
-      'Checkpoint to go on from; later ones are set aside. 0: the last.',
+      'Checkpoint to go on from; later ones are set aside, once. 0: the last.',
       lower_bound=0,
     ),
     flags.DEFINE_integer('log_every', d.log_every, 'Steps.'),

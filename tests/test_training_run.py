@@ -296,6 +296,39 @@ def test_a_dry_run_tells_the_memory_and_writes_nothing(model, tmp_path):
   assert found['trainable'] < found['frozen'] < found['peak']
   assert found['optimizer'] == pytest.approx(2 * found['trainable'], rel=1e-2)
   # Rows of 160 tokens: three int32 numbers and a boolean each, on four batch shards.
+def test_the_same_command_goes_on_although_it_names_a_step_to_go_back_to(
+  whole_run, tmp_path, caplog
+):
+  original = TextBatches.__call__
+
+  def interrupts(self, step):
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, step)
+
+  made = copied(whole_run, tmp_path, resume_step=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TextBatches, '__call__', interrupts)
+    assert sft.run(made)['stopped']
+  aside = tmp_path / 'run' / 'set_aside'
+  assert sorted(p.name for p in aside.iterdir()) == ['2', '3', '4', 'after.json']
+  assert steps_of(made.output_dir) == [1, 2, 3]
+  shutil.rmtree(steps(made) / '1')  # as --keep_last may do
+  taken = []
+
+  def counts(self, step):
+    taken.append(step)
+    return original(self, step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TextBatches, '__call__', counts)
+    with caplog.at_level('INFO'):
+      assert sft.run(made)['steps'] == 4
+  assert taken == [3]
+  assert '--resume_step=1 was followed before' in caplog.text
+  assert_same(weights_of(made.output_dir), weights_of(whole_run[0].output_dir))
+
+
   assert found['batch'] == 8 * 160 * 13 / 4
 
 

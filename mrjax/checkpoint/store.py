@@ -217,20 +217,45 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 def set_aside(run_dir: str | Path, *, after: int) -> None:
   """Moves the checkpoints of later steps to RUN/set_aside, so that none is the last.
 
+  Once: RUN/set_aside/after.json remembers `after`, and a second call for the same step
+  changes nothing, so that a command that is run again goes on where it was stopped.
+
   Raises:
     CheckpointError: There is no checkpoint of step `after`.
   """
   directory = Path(run_dir) / 'checkpoints'
-  steps = sorted(int(p.name) for p in directory.glob('*') if p.name.isdigit())
-  if after not in steps:
-    raise CheckpointError(
-      f'{directory} has no checkpoint of step {after}; it has {steps}.'
-    )
-  if jax.process_index() == 0:
-    for step in steps[steps.index(after) + 1 :]:
-      new = directory.parent / 'set_aside' / str(step)
-      new.parent.mkdir(exist_ok=True)
+  if set_aside_after(run_dir) == after:
+    steps = []
+  else:
+    steps = sorted(int(p.name) for p in directory.glob('*') if p.name.isdigit())
+    if after not in steps:
+      raise CheckpointError(
+        f'{directory} has no checkpoint of step {after}; it has {steps}.'
+      )
+  if jax.process_count() > 1:  # all have looked before anything moves
+    multihost_utils.sync_global_devices('mrjax set_aside begins')
+  if steps and jax.process_index() == 0:
+    memory = _memory(run_dir)
+    memory.parent.mkdir(exist_ok=True)
+    for step in reversed(steps[steps.index(after) + 1 :]):
+      new = memory.parent / str(step)
       shutil.rmtree(new, ignore_errors=True)
       os.rename(directory / str(step), new)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('mrjax set_aside')
+
+
+def set_aside_after(run_dir: str | Path) -> int | None:
+  """The step that `set_aside` went back to last; None where it never did."""
+  try:
+    return int(json.loads(_memory(run_dir).read_text(encoding='utf-8'))['after'])
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise CheckpointError(
+      f'{_memory(run_dir)} is damaged: {first_line(error)}. Delete it.'
+    ) from None
+
+
+def _memory(run_dir: str | Path) -> Path:
+  return Path(run_dir) / 'set_aside' / 'after.json'

@@ -209,6 +209,14 @@ def train(
       'batch_size': config.batch_size,
       'row_length': batches.row_length,
       'num_units': batches.num_units,
+      if config.profiled and config.profiled[0] < start:
+        logging.warning('--profile_steps=%s is done before.', config.profile_steps)
+      if config.resume_step not in (0, start):
+        logging.info(
+          '--resume_step=%d was followed before; %s has what it set aside.',
+          config.resume_step,
+          output_dir / 'set_aside',
+        )
       'data_sha256': batches.fingerprint(),
     }
     if start:

@@ -16,7 +16,13 @@ from mrjax.checkpoint.adapters import AdapterSource
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.checkpoint.fingerprint import fingerprint, not_finite
 from mrjax.checkpoint.source import ModelSource
-from mrjax.checkpoint.store import ADAPTER, PART, WHOLE, CheckpointStore
+from mrjax.checkpoint.store import (
+  ADAPTER,
+  PART,
+  WHOLE,
+  CheckpointStore,
+  set_aside_after,
+)
 from mrjax.lora import masks
 from mrjax.lora.adapters import LORA_LEAF, LoraConfig, adapter_shapes, init_adapter
 from mrjax.models.quantized import LEAVES
@@ -204,13 +210,7 @@ def begin(
         },
       )
     except CheckpointError as error:
-      earlier = [step for step in store.steps() if step < start]
-      error.add_note(
-        f'The checkpoint before it is that of step {earlier[-1]}: pass --resume_step='
-        f'{earlier[-1]} to go on from there.'
-        if earlier
-        else 'There is no earlier one: pass --overwrite to start again.'
-      )
+      error.add_note(_way_back(store, start))
       raise
     state = _state(start, items[plan.item], items['opt_state'], shardings)
     return Begun(state, frozen, position, metadata)
@@ -266,6 +266,18 @@ def _check_position(
     for name, value in as_saved.items()
     if saved.get(name) != value
   ]
+def _way_back(store: CheckpointStore, damaged: int) -> str:
+  """How to go on where the checkpoint of step `damaged` cannot be used."""
+  earlier = max((step for step in store.steps() if step < damaged), default=0)
+  if not earlier:
+    return 'There is no earlier one: pass --overwrite to start again.'
+  text = f'The checkpoint before it is that of step {earlier}: '
+  run_dir = store.directory.parent
+  if set_aside_after(run_dir) == earlier:  # it would not be followed a second time
+    text += f'delete {run_dir / "set_aside"} and '
+  return f'{text}pass --resume_step={earlier} to go on from there.'
+
+
   if changed:
     raise common.OutputError(
       f'{store.directory.parent} was trained on other data or another base '
