@@ -50,7 +50,7 @@ class Config(optimizer.OptimizerConfig):
   eval_data: str = ''  # like data; empty: no evaluation
   eval_every: int = 0  # steps; 0: before checkpoints alone
   save_every: int = 0  # steps; 0: at the end alone
-  keep_last: int = 1  # checkpoints kept
+  keep_last: int = 2  # checkpoints kept: should the last one be damaged
   keep_every: int = 0  # steps whose multiples are kept too; 0: none
   resume_step: int = 0  # checkpoint to go on from; 0: the last
   log_every: int = 10  # steps
