@@ -17,6 +17,7 @@ from mrjax.lora.adapters import LoraConfig, init_adapter
 from mrjax.losses.tokens import next_token_logps
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
+from mrjax.runs import preference
 from mrjax.runs import preference_losses as losses
 from mrjax.runs.preference_losses import LossConfig
 from mrjax.sharding.mesh import make_mesh
@@ -281,6 +282,30 @@ def test_kto_has_one_reference_point_a_step(weights, texts_alone):
   assert metrics['rewards/chosen'] == pytest.approx(0.3 * ratios[:, 0].mean(), rel=1e-3)
   margin = 0.3 * (ratios[:, 0] - ratios[:, 1]).mean()
   assert metrics['rewards/margins'] == pytest.approx(margin, rel=1e-3, abs=1e-5)
+
+
+def test_the_chunk_that_was_asked_for_is_that_of_every_pass(weights, monkeypatch):
+  frozen, _, moved = weights
+  chunks = []
+  original = losses.chunked_next_token_logps
+
+  def recorded(*args, chunk_size=None):
+    chunks.append(chunk_size)
+    return original(*args, chunk_size=chunk_size)
+
+  monkeypatch.setattr(losses, 'chunked_next_token_logps', recorded)
+  config = preference.Config(model='m', data='d', output_dir='o', loss_chunk=5)
+  policies = losses.Policies(DECODER, losses.ADAPTER_OFF)
+  batches = batches_of(PAIRS)
+  (batch,) = batches.one_epoch()
+  loss_fn, *_ = preference._make_step(config, policies, batches)
+  micro = {name: x[0] for name, x in batch.items()}
+  jax.eval_shape(loss_fn, moved, frozen, micro, None)
+  assert chunks == [5, 5]  # the policy's and the reference's
+  add = losses.make_reference_point(policies, num_texts=batches.max_texts, chunk_size=3)
+  others = {losses.MISMATCHED + name: x for name, x in batch.items()}
+  jax.eval_shape(add, moved, frozen, others)
+  assert chunks[2:] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,13 @@ def _batches(
 def _make_step(config: Config, policies: Policies, batches: TextBatches):
   """The loss, and what takes a step and an evaluation step with it."""
   loss_fn = preference_losses.make_loss_fn(
-    policies, config, num_texts=batches.max_texts
+    policies, config, num_texts=batches.max_texts, chunk_size=chunk_size
+  chunk_size = config.loss_chunk or None
   )
   if not isinstance(batches, JudgedBatches):
     return loss_fn, step.train_step, step.evaluate_step
   add = preference_losses.make_reference_point(
-    policies, num_texts=batches.mismatched.max_texts
+    policies, num_texts=batches.mismatched.max_texts, chunk_size=chunk_size
   )
   return (
     loss_fn,

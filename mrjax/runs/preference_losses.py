@@ -84,7 +84,13 @@ class LossConfig:
 
 
 def completion_logps(
-  decoder: Decoder, params: PyTree, batch: step.Batch, num_texts: int, key=None
+  decoder: Decoder,
+  params: PyTree,
+  batch: step.Batch,
+  num_texts: int,
+  key=None,
+  *,
+  chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability and number of tokens of the completion of every text, [B, S].
 
@@ -94,6 +100,7 @@ def completion_logps(
     batch: `tokens`, `segments`, `positions` and `loss_mask` [B, T].
     num_texts: Most texts that a row holds, S.
     key: Of dropout; None for none.
+    chunk_size: Tokens that go through the head together; None: as many as is fast.
   """
   if key is None:
     decoder = decoder.clone(lora_dropout=0.0)
@@ -108,7 +115,12 @@ def completion_logps(
   head, head_params = head_function(decoder, params)
   mask_BT = next_token_mask(batch['loss_mask'], batch['segments'])
   logps_BT = chunked_next_token_logps(
-    head, head_params, hidden_BTD, batch['tokens'], mask_BT
+    head,
+    head_params,
+    hidden_BTD,
+    batch['tokens'],
+    mask_BT,
+    chunk_size=chunk_size,
   )
   sums = lambda x_BT: preference.segment_sums(
     x_BT, batch['segments'], mask_BT, num_texts
@@ -117,7 +129,11 @@ def completion_logps(
 
 
 def make_loss_fn(
-  policies: Policies, config: LossConfig, *, num_texts: int
+  policies: Policies,
+  config: LossConfig,
+  *,
+  num_texts: int,
+  chunk_size: int | None = None,
 ) -> step.LossFn:
   """The loss over pairs, or over KTO's completions.
 
@@ -125,12 +141,13 @@ def make_loss_fn(
     policies: What trains, and its reference.
     config: Which loss.
     num_texts: Most texts that a row holds, S.
+    chunk_size: As for `completion_logps`.
   """
 
   def loss_fn(trainable, frozen, batch, key):
     params = _weights(trainable, frozen)
     logps_BS, num_tokens_BS = completion_logps(
-      policies.decoder, params, batch, num_texts, key
+      policies.decoder, params, batch, num_texts, key, chunk_size=chunk_size
     )
     if config.loss == 'orpo':
       return preference.orpo_loss(logps_BS, num_tokens_BS, beta=config.beta)
@@ -138,7 +155,9 @@ def make_loss_fn(
       return preference.simpo_loss(
         logps_BS, num_tokens_BS, beta=config.beta, gamma=config.gamma
       )
-    reference_BS = _reference_logps(policies, params, frozen, batch, num_texts)
+    reference_BS = _reference_logps(
+      policies, params, frozen, batch, num_texts, chunk_size
+    )
     if config.loss == 'kto':
       return preference.kto_loss(
         logps_BS,
@@ -160,7 +179,7 @@ def make_loss_fn(
 
 
 def make_reference_point(
-  policies: Policies, *, num_texts: int
+  policies: Policies, *, num_texts: int, chunk_size: int | None = None
 ) -> Callable[[PyTree, PyTree, step.Batch], step.Batch]:
   """A function that puts KTO's reference point into a batch before its loss is taken.
 
@@ -169,6 +188,7 @@ def make_reference_point(
   Args:
     policies: What trains, and its reference.
     num_texts: Most mismatched texts that a row holds.
+    chunk_size: As for `completion_logps`.
 
   Returns:
     (trainable, frozen, batch) -> batch, where the arrays [A, ...] of mismatched texts
@@ -186,9 +206,11 @@ def make_reference_point(
 
     def one(micro):
       logps_BS, num_tokens_BS = completion_logps(
-        policies.decoder, params, micro, num_texts
+        policies.decoder, params, micro, num_texts, chunk_size=chunk_size
       )
-      reference_BS = _reference_logps(policies, params, frozen, micro, num_texts)
+      reference_BS = _reference_logps(
+        policies, params, frozen, micro, num_texts, chunk_size
+      )
       return preference.kto_reference_point(logps_BS, reference_BS, num_tokens_BS)
 
     totals_A, numbers_A = jax.lax.map(one, others)
@@ -248,6 +270,7 @@ def _reference_logps(
   frozen: PyTree,
   batch: step.Batch,
   num_texts: int,
+  chunk_size: int | None,
 ) -> jax.Array:
   if policies.reference == PRECOMPUTED:
     return batch[REFERENCE]
@@ -255,5 +278,11 @@ def _reference_logps(
     decoder, weights = policies.reference_decoder, frozen[REFERENCE]
   else:
     decoder, weights = None, without_adapter(params)
-  weights = jax.lax.stop_gradient(weights)
-  return completion_logps(decoder or policies.decoder, weights, batch, num_texts)[0]
+  logps_BS, _ = completion_logps(
+    decoder or policies.decoder,
+    jax.lax.stop_gradient(weights),
+    batch,
+    num_texts,
+    chunk_size=chunk_size,
+  )
+  return logps_BS

@@ -133,7 +133,9 @@ def precompute(
     key = facts | {'texts': batches.fingerprint()}
     logps = _read(path, key, shape=(len(units), len(units[0])))
     if logps is None:
-      logps = _compute(setup, policy.decoder, params, batches, units)
+      logps = _compute(
+        setup, policy.decoder, params, batches, units, config.loss_chunk or None
+      )
       _write(path, key, logps)
     else:
       logging.info('Reference log-probabilities are read from %s.', path)
@@ -149,7 +151,9 @@ def _compute(
   units: Units,
 ) -> np.ndarray:
   def forward(params, batch):
-    one = lambda micro: completion_logps(decoder, params, micro, batches.max_texts)[0]
+    one = lambda micro: completion_logps(
+      decoder, params, micro, batches.max_texts, chunk_size=chunk_size
+    )[0]
     return jax.lax.map(one, batch)
 
   everywhere = NamedSharding(setup.mesh, PartitionSpec())
@@ -159,6 +163,7 @@ def _compute(
   with (
     jax.set_mesh(setup.mesh),
     Progress('reference', total=len(units), shown=shown) as progress,
+  chunk_size: int | None,
   ):
     for batch in batches.one_epoch():
       numbers_ABS = batch.pop('number')
