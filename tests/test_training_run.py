@@ -23,7 +23,7 @@ from mrjax import trees
 from mrjax.checkpoint import orbax, store
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.data.batches import TextBatches
-from mrjax.runs import common, sft
+from mrjax.runs import common, sft, training, training_state
 
 
 @pytest.fixture(scope='module')
@@ -96,7 +96,24 @@ def test_the_best_checkpoint_outlives_newer_ones(model, tmp_path):
   summary = sft.run(made)
   best = summary['best']['step']
   assert best != 5
-  assert steps_of(made.output_dir) == sorted({best, 3, 5})
+  assert steps_of(made.output_dir) == sorted({best, 3, 4, 5})  # the last two as well
+
+
+def test_an_evaluation_that_is_not_finite_names_step_and_metric(whole_run, tmp_path):
+  made = copied(whole_run, tmp_path, resume_step=2)
+
+  def fails(self, *args, **kwargs):
+    return lambda trainable, frozen: {'loss': 1.0, 'entropy': float('nan')}
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(training, 'make_evaluate', fails)
+    with pytest.raises(
+      FloatingPointError, match='The entropy of the evaluation after step 3 is nan'
+    ):
+      sft.run(made)
+  assert steps_of(made.output_dir) == [1, 2]
+  assert max(line['step'] for line in metrics_of(made.output_dir)) == 3
+  assert not (tmp_path / 'run' / 'non_finite.json').exists()  # no record of a step
 
 
 @pytest.mark.parametrize(

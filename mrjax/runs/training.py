@@ -246,6 +246,7 @@ def train(
       wandb=config.wandb_project,
     )
     scores = training_state.Scores(begun.metadata)
+      loop.check_evaluation(done, metrics)
 
     def evaluate_state(done: int, state: step.TrainState) -> None:
       assert evaluate is not None
