@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +15,29 @@ from mrjax.training.step import TrainState
 
 
 class NonFiniteLossError(FloatingPointError):
-  """The loss or the gradient of a step is NaN or infinite; `step` counts from 1."""
+  """A metric of a training step is NaN or infinite; `step` counts from 1."""
 
   def __init__(self, step: int, name: str, value: float):
     super().__init__(f'The {name} of step {step} is {value}.')
     self.step = step
+
+
+class NonFiniteEvaluationError(FloatingPointError):
+  """A metric of the evaluation after a step is NaN or infinite."""
+
+  def __init__(self, step: int, name: str, value: float):
+    super().__init__(
+      f'The {name} of the evaluation after step {step} is {value}. Lower '
+      '--learning_rate, or look at the records of the evaluation.'
+    )
+    self.step = step
+
+
+def check_evaluation(step: int, metrics: Mapping[str, float]) -> None:
+  """Raises NonFiniteEvaluationError where a metric of an evaluation is not finite."""
+  for name, value in metrics.items():
+    if not math.isfinite(value):
+      raise NonFiniteEvaluationError(step, name, value)
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -54,8 +72,8 @@ def fit(
   """Trains from `start_step` to `num_steps`, or a stop, and saves the last state.
 
   Metrics of a step are read after the next one is launched, so the devices never
-  wait for the host; a state is saved only once its loss and gradient are known to be
-  finite.
+  wait for the host; a state is saved only once its loss, its gradient and its metrics
+  are known to be finite.
 
   Args:
     state: The state after `start_step` steps.
@@ -91,8 +109,9 @@ def fit(
     step, metrics, facts = pending
     pending = None
     values = {name: float(value) for name, value in metrics.items()}
-    for key, name in (('loss', 'loss'), ('grad_norm', 'gradient norm')):
+    for key in ('loss', 'grad_norm', *values):
       if not math.isfinite(values[key]):
+        name = 'gradient norm' if key == 'grad_norm' else key
         raise NonFiniteLossError(step, name, values[key])
     now = time.perf_counter()
     on_step(step, values | facts | {'seconds': now - clock})
