@@ -9,6 +9,7 @@ for itself (sliding windows are not subtracted).
 """
 
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from mrjax import trees
 from mrjax.models.config import DecoderConfig
 
 PyTree = Any
+_VALUE_HEAD = 'value_head/kernel'
 
 # Dense bfloat16 operations a second of one device, as the makers state them, by the
 # beginning of `device_kind`; the longest that ends with a word counts.
@@ -54,13 +56,16 @@ class StepFlops(NamedTuple):
     return self.per_token * tokens + self.per_pair * pairs
 
 
-def step_flops(config: DecoderConfig, params: PyTree, mask: PyTree) -> StepFlops:
+def step_flops(
+  config: DecoderConfig, params: PyTree, mask: PyTree, *, head_outputs: int = 0
+) -> StepFlops:
   """Operations of a step.
 
   Args:
     config: The decoder's.
     params: Shapes of all parameters, adapters included, before any quantisation.
     mask: What trains, as `masks.make_mask` gives it.
+    head_outputs: Outputs of a value head that are computed for a token; 0: all.
   """
   trains = trees.flatten(mask)
   layers_back = _layers_with_backward(trains, config.num_layers)
@@ -69,14 +74,17 @@ def step_flops(config: DecoderConfig, params: PyTree, mask: PyTree) -> StepFlops
     if not _is_matrix(name, config):
       continue
     share = 1.0  # of the layers that the gradient goes through
+    size = leaf.size
+    if head_outputs and name == _VALUE_HEAD:
+      size = size // leaf.shape[-1] * head_outputs
     if name.startswith('layers/'):
       share = layers_back / config.num_layers
     elif layers_back == 0 and not trains['final_norm/scale']:
       share = 0.0
-    forward += 2 * leaf.size
-    through += 2 * leaf.size * share
+    forward += 2 * size
+    through += 2 * size * share
     last = trains[name]
-    own += 2 * leaf.size * (last if isinstance(last, bool) else last / leaf.shape[0])
+    own += 2 * size * (last if isinstance(last, bool) else last / leaf.shape[0])
   width = config.num_heads * config.head_dim
   per_pair = 4.0 * width * (config.num_layers + 2 * layers_back)
   return StepFlops(forward + through + own, per_pair)
@@ -96,7 +104,10 @@ def _layers_with_backward(trains: dict[str, Any], num_layers: int) -> int:
   return max(num_layers if cut is True else int(cut) for cut in cuts)
 
 
-def _is_matrix(name: str, config: DecoderConfig) -> bool:
-  # Looking an embedding up costs nothing; as a tied head it is a product.
-  tied = config.tie_embeddings and name == 'embed/embedding'
-  return tied or name.endswith(('/kernel', '/lora_a', '/lora_b'))
+def _is_matrix(name: str, config: DecoderConfig, names: Collection[str]) -> bool:
+  # Looking an embedding up costs nothing; as a tied head it is a product, which a value
+  # head takes the place of.
+  tied = config.tie_embeddings and _VALUE_HEAD not in names
+  return (tied and name == 'embed/embedding') or name.endswith(
+    ('/kernel', '/lora_a', '/lora_b')
+  )
