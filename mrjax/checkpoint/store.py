@@ -241,6 +241,9 @@ def set_aside(run_dir: str | Path, *, after: int) -> None:
       new = memory.parent / str(step)
       shutil.rmtree(new, ignore_errors=True)
       os.rename(directory / str(step), new)
+    scratch = memory.with_name('.after.json')
+    scratch.write_text(json.dumps({'after': after}), encoding='utf-8')
+    os.replace(scratch, memory)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('mrjax set_aside')
 

@@ -107,6 +107,7 @@ def run(config: Config) -> dict[str, Any]:
   data = {_TRAIN: _load(config, setup, config.data)}
   if config.eval_data:
     data[_EVAL] = _load(config, setup, config.eval_data)
+  plan = training.make_plan(config, setup, row_length=_row_length(config))
   kind = config.reference_kind
   policies = Policies(setup.decoder, kind)
   logps: dict[str, np.ndarray] = {}
@@ -138,6 +139,7 @@ def run(config: Config) -> dict[str, Any]:
     weight='completions' if config.loss == 'kto' else 'pairs',
     train_step=train_step,
     evaluate=evaluate,
+    plan=plan,
     constants=constants,
   )
 
@@ -214,9 +216,9 @@ def _batches(
 
 def _make_step(config: Config, policies: Policies, batches: TextBatches):
   """The loss, and what takes a step and an evaluation step with it."""
+  chunk_size = config.loss_chunk or None
   loss_fn = preference_losses.make_loss_fn(
     policies, config, num_texts=batches.max_texts, chunk_size=chunk_size
-  chunk_size = config.loss_chunk or None
   )
   if not isinstance(batches, JudgedBatches):
     return loss_fn, step.train_step, step.evaluate_step

@@ -22,10 +22,10 @@ from mrjax.checkpoint.store import CheckpointStore, set_aside
 from mrjax.data.batches import TextBatches
 from mrjax.data.sft import Example
 from mrjax.lora import masks
-from mrjax.models.attention import choose_backend
 from mrjax.runs import common, dry_run, training_state
 from mrjax.runs.training_config import Config
 from mrjax.runs.training_setup import Setup
+from mrjax.runs.training_setup import plan as make_plan
 from mrjax.runs.training_setup import start as start  # commands call training.start
 from mrjax.runs.watch import TrainingWatch
 from mrjax.sharding.rules import explain_sharding
@@ -108,7 +108,11 @@ def prepare_output(config: Config) -> Path:
   output_dir = Path(config.output_dir)
   if jax.process_index() == 0:
     common.prepare_output_dir(
-      output_dir, config.recorded(), overwrite=config.overwrite, resume=True
+      output_dir,
+      config.recorded(),
+      overwrite=config.overwrite,
+      resume=True,
+      may_change=config.may_change,
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('mrjax output directory')
@@ -124,7 +128,7 @@ def train(
   weight: str = 'supervised_tokens',
   train_step: Callable[..., tuple[step.TrainState, dict]] = step.train_step,
   evaluate: Evaluate | None = None,
-  prepare: Callable[[PyTree], PyTree] | None = None,
+  plan: training_state.WeightPlan | None = None,
   constants: Mapping[str, PyTree] | None = None,
   facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -143,8 +147,7 @@ def train(
     train_step: `step.train_step`, or what takes the same arguments.
     evaluate: Run every `eval_every` steps and before each checkpoint; the checkpoint
       with the least `loss` is never deleted.
-    prepare: Changes the loaded weights before anything trains, such as by adding a
-      value head: a pure function of the parameter tree, used on shapes too.
+    plan: What `make_plan` gave, for who asked for it before; None: `train` does so.
     constants: Trees beside the weights, by names that no weight begins with. The loss
       takes them out before it merges what is left.
     facts: What else a checkpoint shall say about itself, for JSON.
@@ -156,6 +159,7 @@ def train(
     `dry_run`, what `dry_run.dry_run` found.
   """
   num_steps = config.num_steps or batches.num_steps(config.num_epochs)
+  config.check_profile(num_steps)
   if batches.batch_size > batches.num_rows:
     logging.warning(
       'A batch of %d rows holds the data %.1f times; an epoch has %d rows. Lower '
@@ -166,16 +170,8 @@ def train(
     )
   schedule = optimizer.make_schedule(config, num_steps)
   tx = optimizer.make_optimizer(config, schedule)
-  plan = training_state.plan_weights(
-    setup.source,
-    rules=config.rules,
-    lora=setup.lora,
-    adapter=setup.adapter,
-    quantize=config.quantize,
-    prepare=prepare,
-  )
+  plan = plan or make_plan(config, setup, row_length=batches.row_length)
   constants = dict(constants or {})
-  _log_attention(setup, batches.row_length)
 
   def jit_step(shardings: step.TrainState):
     return jax.jit(
@@ -189,7 +185,7 @@ def train(
   if config.dry_run:
     return dry_run.dry_run(plan, setup.mesh, tx, jit_step, batches, constants)
   output_dir = prepare_output(config)
-  if config.resume_step:
+  if config.resume_step:  # once: the same command goes on from its own checkpoints
     set_aside(output_dir, after=config.resume_step)
   with (
     StopSignal() as stop,
@@ -209,6 +205,10 @@ def train(
       'batch_size': config.batch_size,
       'row_length': batches.row_length,
       'num_units': batches.num_units,
+      'data_sha256': batches.fingerprint(),
+    }
+    if start:
+      logging.info('Resuming %s after step %d.', output_dir, start)
       if config.profiled and config.profiled[0] < start:
         logging.warning('--profile_steps=%s is done before.', config.profile_steps)
       if config.resume_step not in (0, start):
@@ -217,10 +217,6 @@ def train(
           config.resume_step,
           output_dir / 'set_aside',
         )
-      'data_sha256': batches.fingerprint(),
-    }
-    if start:
-      logging.info('Resuming %s after step %d.', output_dir, start)
     begun = training_state.begin(
       plan, setup.mesh, tx, store, start=start, position=position, seed=config.seed
     )
@@ -246,11 +242,11 @@ def train(
       wandb=config.wandb_project,
     )
     scores = training_state.Scores(begun.metadata)
-      loop.check_evaluation(done, metrics)
 
     def evaluate_state(done: int, state: step.TrainState) -> None:
       assert evaluate is not None
       metrics = evaluate(state.params, frozen)
+      loop.check_evaluation(done, metrics)
       scores.add(done, metrics['loss'])
       watch.evaluated(done, metrics)
 
@@ -299,20 +295,6 @@ def train(
       'stopped': done < num_steps,
       'best': scores.best,
     }
-
-
-def _log_attention(setup: Setup, row_length: int) -> None:
-  """Says what computes attention; raises where the named backend cannot."""
-  decoder = setup.decoder
-  backend = choose_backend(
-    decoder.attention_backend,
-    platform=setup.mesh.devices.flat[0].platform,
-    dtype=decoder.dtype,
-    length=row_length,
-    head_dim=decoder.config.head_dim,
-    softcap=decoder.config.attention_softcap,
-  )
-  logging.info('Attention over rows of %d tokens: %s.', row_length, backend)
 
 
 def _name_records(

@@ -1,6 +1,9 @@
 """What a training run has before it has weights or data."""
 
 import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -8,10 +11,13 @@ from mrjax.checkpoint.adapters import AdapterSource, resolve_adapter
 from mrjax.checkpoint.source import ModelSource, resolve_model
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.lora.adapters import LoraConfig
+from mrjax.models.attention import choose_backend
 from mrjax.models.decoder import Decoder
-from mrjax.runs import common
+from mrjax.runs import common, training_state
 from mrjax.runs.training_config import Config
 from mrjax.sharding.mesh import batch_shards, make_mesh
+
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +56,9 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
   adapter = resolve_adapter(config.adapter) if config.adapter else None
   lora = config.lora
   if adapter:  # with its own dropout, unless another one is asked for
-    dropout = config.lora_dropout or adapter.lora.dropout
-    lora = dataclasses.replace(adapter.lora, dropout=dropout)
+    lora = adapter.lora
+    if config.lora_dropout is not None:
+      lora = dataclasses.replace(lora, dropout=config.lora_dropout)
   decoder = Decoder(
     source.config,
     dtype=common.resolve_dtype(config.dtype),
@@ -62,6 +69,51 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
     attention_backend=config.attention_backend,
   )
   return Setup(mesh, source, tokenizer, decoder, lora, adapter)
+
+
+def plan(
+  config: Config,
+  setup: Setup,
+  *,
+  row_length: int = 0,
+  prepare: Callable[[PyTree], PyTree] | None = None,
+  head_outputs: int = 0,
+) -> training_state.WeightPlan:
+  """What trains and how the rest is stored; nothing is loaded or written yet.
+
+  Args:
+    config: Of the run.
+    setup: What `start` gave.
+    row_length: Tokens of a row; 0 is `max_length`.
+    prepare: Changes the loaded weights before anything trains, such as by adding a
+      value head: a pure function of the parameter tree, used on shapes too.
+    head_outputs: Outputs of a value head that are computed for a token; 0: all.
+
+  Raises:
+    ValueError: See `training_state.plan_weights`; an attention backend that cannot
+      compute what is asked for.
+  """
+  found = training_state.plan_weights(
+    setup.source,
+    rules=config.rules,
+    lora=setup.lora,
+    adapter=setup.adapter,
+    quantize=config.quantize,
+    prepare=prepare,
+    head_outputs=head_outputs,
+  )
+  row_length = row_length or config.max_length
+  decoder = setup.decoder
+  backend = choose_backend(
+    decoder.attention_backend,
+    platform=setup.mesh.devices.flat[0].platform,
+    dtype=decoder.dtype,
+    length=row_length,
+    head_dim=decoder.config.head_dim,
+    softcap=decoder.config.attention_softcap,
+  )
+  logging.info('Attention over rows of %d tokens: %s.', row_length, backend)
+  return found
 
 
 def _check_rows(config: Config, mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,7 @@ def plan_weights(
   adapter: AdapterSource | None = None,
   quantize: str = '',
   prepare: Callable[[PyTree], PyTree] | None = None,
+  head_outputs: int = 0,
 ) -> WeightPlan:
   """Decides what trains and how the rest is stored.
 
@@ -114,6 +116,7 @@ def plan_weights(
     adapter: Where that comes from; None for a new one.
     quantize: One of `quantized.KINDS`, or empty.
     prepare: Changes the loaded weights; used on shapes here.
+    head_outputs: As for `step_flops`.
 
   Raises:
     ValueError: A mask under which nothing trains, or which names quantised weights; an
@@ -127,7 +130,9 @@ def plan_weights(
     return masks.merge(own, jax.eval_shape(prepare, base))
 
   plain = all_shapes(jnp.float32, '')
-  flops = step_flops(source.config, plain, masks.make_mask(plain, rules))
+  flops = step_flops(
+    source.config, plain, masks.make_mask(plain, rules), head_outputs=head_outputs
+  )
   stored = all_shapes(None, quantize)
   mask = masks.make_mask(stored, rules)
   chosen = {name for name, value in trees.flatten(mask).items() if value is not False}
@@ -215,7 +220,8 @@ def begin(
     state = _state(start, items[plan.item], items['opt_state'], shardings)
     return Begun(state, frozen, position, metadata)
   if plan.lora:
-    trained, fixed = masks.split(_load_adapter(plan, mesh, frozen, seed), plan.mask)
+    base = masks.merge(params, frozen) if plan.adapter else {}
+    trained, fixed = masks.split(_load_adapter(plan, mesh, base, seed), plan.mask)
     params, frozen = masks.merge(trained, params), masks.merge(fixed, frozen)
   params = jax.tree.map(_float32, params, shardings.params)
   opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
@@ -241,14 +247,35 @@ def _load_adapter(plan: WeightPlan, mesh: Mesh, base: PyTree, seed: int) -> PyTr
   if plan.adapter is None:
     init = functools.partial(init_adapter, plan.source.config, plan.lora)
     return born_sharded(init, mesh, jax.random.key(seed))
-  if plan.adapter.base.get('quantize', '') == plan.quantize and plan.item == ADAPTER:
+  made_on = plan.adapter.base
+  same_form = plan.frozen and made_on.get('quantize', '') == plan.quantize
+  if same_form and made_on.get('fingerprint'):
     plan.adapter.check_base(base)
+  elif made_on.get('model') != plan.source.name:
+    logging.warning(
+      '%s was trained on %s; whether %s has the same weights cannot be told.',
+      plan.adapter.name,
+      repr(made_on['model']) if made_on.get('model') else 'a model it does not name',
+      plan.source.name,
+    )
   adapter = plan.adapter.load(plan.source.config, mesh)
   if bad := not_finite(adapter):
     raise CheckpointError(
       f'{plan.adapter.name}: {bad[0]} holds NaN or infinite numbers.'
     )
   return adapter
+
+
+def _way_back(store: CheckpointStore, damaged: int) -> str:
+  """How to go on where the checkpoint of step `damaged` cannot be used."""
+  earlier = max((step for step in store.steps() if step < damaged), default=0)
+  if not earlier:
+    return 'There is no earlier one: pass --overwrite to start again.'
+  text = f'The checkpoint before it is that of step {earlier}: '
+  run_dir = store.directory.parent
+  if set_aside_after(run_dir) == earlier:  # it would not be followed a second time
+    text += f'delete {run_dir / "set_aside"} and '
+  return f'{text}pass --resume_step={earlier} to go on from there.'
 
 
 def _float32(x: jax.Array, sharding) -> jax.Array:
@@ -266,18 +293,6 @@ def _check_position(
     for name, value in as_saved.items()
     if saved.get(name) != value
   ]
-def _way_back(store: CheckpointStore, damaged: int) -> str:
-  """How to go on where the checkpoint of step `damaged` cannot be used."""
-  earlier = max((step for step in store.steps() if step < damaged), default=0)
-  if not earlier:
-    return 'There is no earlier one: pass --overwrite to start again.'
-  text = f'The checkpoint before it is that of step {earlier}: '
-  run_dir = store.directory.parent
-  if set_aside_after(run_dir) == earlier:  # it would not be followed a second time
-    text += f'delete {run_dir / "set_aside"} and '
-  return f'{text}pass --resume_step={earlier} to go on from there.'
-
-
   if changed:
     raise common.OutputError(
       f'{store.directory.parent} was trained on other data or another base '

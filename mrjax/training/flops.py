@@ -70,13 +70,14 @@ def step_flops(
   trains = trees.flatten(mask)
   layers_back = _layers_with_backward(trains, config.num_layers)
   forward = through = own = 0.0
-  for name, leaf in trees.flatten(params).items():
-    if not _is_matrix(name, config):
+  leaves = trees.flatten(params)
+  for name, leaf in leaves.items():
+    if not _is_matrix(name, config, leaves):
       continue
-    share = 1.0  # of the layers that the gradient goes through
     size = leaf.size
     if head_outputs and name == _VALUE_HEAD:
       size = size // leaf.shape[-1] * head_outputs
+    share = 1.0  # of the layers that the gradient goes through
     if name.startswith('layers/'):
       share = layers_back / config.num_layers
     elif layers_back == 0 and not trains['final_norm/scale']:
