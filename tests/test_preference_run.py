@@ -5,14 +5,17 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from mrjax import trees
+from mrjax.checkpoint.directories import CheckpointError
 from mrjax.checkpoint.source import resolve_model
 from mrjax.data.batches import TextBatches
 from mrjax.data.problems import load_problems
@@ -226,6 +229,28 @@ def test_kto_learns_from_judged_completions(make_config, data):
   names = {'train', 'eval', 'train_mismatched', 'eval_mismatched'}
   found = (Path(config.output_dir) / 'reference').glob('*.npy')
   assert {path.stem for path in found} == names
+
+
+def test_a_mask_that_fits_nothing_is_refused_before_the_reference(make_config):
+  config = make_config(trainable='regex:nothing_has_this_name')
+  assert config.reference_kind == 'precomputed'
+  with pytest.raises(ValueError, match='No parameter is trainable'):
+    preference.run(config)
+  assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize('kind', ['resident', 'precomputed'])
+def test_a_reference_that_is_not_finite_is_named(make_config, tmp_path, kind):
+  bad = tmp_path / 'bad'
+  shutil.copytree(resolve_model('tiny-0.2m').hf_dir, bad)
+  tensors = safetensors.numpy.load_file(bad / 'model.safetensors')
+  name = 'model.layers.1.mlp.up_proj.weight'
+  tensors[name] = tensors[name].copy()
+  tensors[name][3, 5] = np.nan
+  safetensors.numpy.save_file(tensors, bad / 'model.safetensors')
+  config = make_config(reference=kind, reference_model=str(bad))
+  with pytest.raises(CheckpointError, match=r'The reference .*/mlp/up/kernel hold NaN'):
+    preference.run(config)
 
 
 def test_a_dry_run_writes_nothing(make_config):

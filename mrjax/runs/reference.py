@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mrjax.checkpoint.adapters import AdapterSource
-from mrjax.checkpoint.fingerprint import fingerprint
+from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.fingerprint import fingerprint, not_finite
 from mrjax.checkpoint.source import ModelSource, resolve_model
 from mrjax.data.batches import TextBatches
 from mrjax.data.sft import Example
@@ -46,11 +47,22 @@ class ReferencePolicy(NamedTuple):
   decoder: Decoder
 
   def load(self, mesh: Mesh) -> PyTree:
-    """Its weights as they are stored, with those of the adapter."""
+    """Its weights as they are stored, with those of the adapter.
+
+    Raises:
+      CheckpointError: Damaged files, or weights that are not finite.
+    """
     params = self.source.load_params(mesh, quantize=self.quantize)
-    if self.adapter is None:
-      return params
-    return masks.merge(self.adapter.load(self.source.config, mesh), params)
+    if self.adapter is not None:
+      params = masks.merge(self.adapter.load(self.source.config, mesh), params)
+    if bad := not_finite(params):
+      names = [self.source.name, *([self.adapter.name] if self.adapter else [])]
+      raise CheckpointError(
+        f'The reference {" with ".join(names)}: {", ".join(bad[:4])} hold NaN or '
+        'infinite numbers. The files are damaged, or the training that made them '
+        'diverged.'
+      )
+    return params
 
   def shapes(self, mesh: Mesh) -> PyTree:
     """What `load` gives, as `jax.ShapeDtypeStruct` leaves with shardings."""
@@ -149,6 +161,7 @@ def _compute(
   params: PyTree,
   batches: TextBatches,
   units: Units,
+  chunk_size: int | None,
 ) -> np.ndarray:
   def forward(params, batch):
     one = lambda micro: completion_logps(
@@ -163,7 +176,6 @@ def _compute(
   with (
     jax.set_mesh(setup.mesh),
     Progress('reference', total=len(units), shown=shown) as progress,
-  chunk_size: int | None,
   ):
     for batch in batches.one_epoch():
       numbers_ABS = batch.pop('number')
