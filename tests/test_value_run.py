@@ -229,6 +229,20 @@ def test_contradictory_flags_are_refused_at_once(make_config, changes, message):
     make_config(**changes)
 
 
+def test_clipping_is_that_of_the_type_unless_it_is_given(make_config):
+  assert make_config().clip_norm == 5.0
+  assert make_config(classifier_type='Q').clip_norm == 0.0
+  assert make_config(classifier_type='Q', clip_norm=2.0).clip_norm == 2.0
+  assert make_config(clip_norm=0.0).clip_norm == 0.0
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(make_config):
+  config = make_config(attention_backend='splash')
+  with pytest.raises(ValueError, match='splash'):
+    value.run(config)
+  assert not Path(config.output_dir).exists()
+
+
 def test_labels_by_inference_mode(make_config):
   expectation = make_config(inference_mode='expectation', eta=2.0, shift_reward=1.0)
   assert (expectation.labels.eta, expectation.labels.shift_reward) == (2.0, 1.0)

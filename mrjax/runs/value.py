@@ -41,7 +41,7 @@ class Config(training.Config, ValueHead):
   learning_rate: float = 2e-5
   schedule: str = 'constant'
   weight_decay: float = 0.01
-  clip_norm: float = 5.0
+  clip_norm: float | None = None  # None: 5 for a V head, none for Q, as published
   num_epochs: float = 5.0
   overlong: str = 'truncate'
   use_bias: bool = False  # of the head; without, it stays zero
@@ -57,6 +57,9 @@ class Config(training.Config, ValueHead):
   eval_max_size: int = 1000  # records of each evaluation, at most
 
   def __post_init__(self):
+    if self.clip_norm is None:
+      clip_norm = 5.0 if self.classifier_type == 'V' else 0.0
+      object.__setattr__(self, 'clip_norm', clip_norm)  # so that it is recorded
     super().__post_init__()
     ValueHead.__post_init__(self)
     for name, known in (
@@ -138,6 +141,18 @@ def run(config: Config) -> dict[str, Any]:
   }
   training_batches = batches.pop('train')
   evaluate = make_evaluate(setup, head, batches) if batches else None
+  plan = training.make_plan(
+    config,
+    setup,
+    prepare=make_prepare(
+      setup.source.config,
+      head,
+      setup.mesh,
+      init_mode=config.init_mode,
+      seed=config.seed,
+    ),
+    head_outputs=head.width,
+  )
   if not config.dry_run:
     training.prepare_output(config)
     if jax.process_index() == 0:
@@ -150,13 +165,7 @@ def run(config: Config) -> dict[str, Any]:
     loss_fn=make_loss_fn(setup.decoder, head, use_bias=config.use_bias),
     weight='texts',
     evaluate=evaluate,
-    prepare=make_prepare(
-      setup.source.config,
-      head,
-      setup.mesh,
-      init_mode=config.init_mode,
-      seed=config.seed,
-    ),
+    plan=plan,
   )
 
 

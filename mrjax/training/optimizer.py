@@ -23,7 +23,7 @@ class OptimizerConfig:
   beta2: float = 0.999
   epsilon: float = 1e-8
   weight_decay: float = 0.0  # on matrices only: not on biases and norm scales
-  clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
+  clip_norm: float | None = 1.0  # global gradient norm; 0 turns clipping off
   lora_plus_ratio: float = 1.0  # learning rate of lora_b over that of lora_a
 
   def __post_init__(self):
