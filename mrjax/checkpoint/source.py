@@ -56,7 +56,12 @@ class ModelSource:
   base: 'ModelSource | None' = None
 
   def param_shapes(self, dtype: Any = None, *, quantize: str = '') -> PyTree:
-    """What `load_params` gives, as `jax.ShapeDtypeStruct` leaves."""
+    """What `load_params` gives, as `jax.ShapeDtypeStruct` leaves.
+
+    Raises:
+      CheckpointError: `quantize`, and no Hugging Face files.
+    """
+    self._check_quantize(quantize)
     shapes = weights.param_shapes(self.config, dtype or jnp.float32)
     if dtype is None:
       stored = self._stored_dtypes()
@@ -78,13 +83,9 @@ class ModelSource:
         of `config`.
       MeshError: A dimension that does not divide over the mesh.
     """
+    self._check_quantize(quantize)
     if self.params_dir is None and self.base is None:
       return load_hf(self.hf_dir, self.config, mesh, dtype=dtype, quantize=quantize)
-    if quantize:
-      raise CheckpointError(
-        f'--quantize={quantize} reads Hugging Face files, and {self.name} has none. '
-        'Convert it first with checkpoints_conversion.orbax_to_hf.'
-      )
     if self.params_dir is None:
       return self._load_trained(mesh, dtype)
     stored = orbax.tree_shapes(self.params_dir)
@@ -98,6 +99,13 @@ class ModelSource:
       shardings,
     )
     return orbax.load_tree(self.params_dir, like)
+
+  def _check_quantize(self, quantize: str) -> None:
+    if quantize and (self.params_dir is not None or self.base is not None):
+      raise CheckpointError(
+        f'--quantize={quantize} reads Hugging Face files, and {self.name} has none. '
+        'Convert it first with checkpoints_conversion.orbax_to_hf.'
+      )
 
   def _load_trained(self, mesh: Mesh, dtype: Any) -> PyTree:
     """The base with what was trained in its place."""
