@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import errno
+import functools
 import json
 from pathlib import Path
 
@@ -44,6 +45,25 @@ def test_a_resumed_run_keeps_the_time_of_its_start(tmp_path):
   (path / 'config.json').write_text(earlier)
   common.prepare_output_dir(path, config, overwrite=False, resume=True)
   assert (path / 'config.json').read_text() == earlier
+
+
+def test_fields_that_may_change_and_fields_that_are_new(tmp_path):
+  @dataclasses.dataclass(frozen=True)
+  class Later(Config):
+    depth: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+
+  path = tmp_path / 'run'
+  common.prepare_output_dir(path, Config(), overwrite=False)
+  resume = functools.partial(
+    common.prepare_output_dir, path, overwrite=False, resume=True
+  )
+  resume(Later())
+  with pytest.raises(OutputError, match=r'\(depth: was 3, now 4\)'):
+    resume(Later(depth=4))
+  with pytest.raises(OutputError, match=r'\(rate: was 0.5, now 0.7\)'):
+    resume(Later(rate=0.7), may_change={'depth'})
+  resume(Later(rate=0.7), may_change={'rate'})
 
 
 def output_commands(output: Path, files: Path):

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def prepare_output_dir(
   overwrite: bool,
   resume: bool = False,
   facts: Mapping[str, Any] | None = None,
+  may_change: Collection[str] = (),
 ) -> Path:
   """Makes an output directory and writes `config.json` into it.
 
@@ -47,10 +48,13 @@ def prepare_output_dir(
       made (it holds `config.json`) is ever deleted.
     resume: Accept the directory of an earlier run with the same configuration.
     facts: Recorded, and held against an earlier run, as the fields of `config` are.
+    may_change: Fields that may differ from those of an earlier run, beside those that
+      say where it runs.
 
   Raises:
     OutputError: It cannot be made; it holds files and neither flag allows them; or it
-      is to be resumed and a field differs (both values are named).
+      is to be resumed and a field differs (both values are named). A field that an
+      earlier version did not know counts as its default there.
   """
   if not str(path):
     raise OutputError('--output_dir is empty: name a directory for the results.')
@@ -72,7 +76,7 @@ def prepare_output_dir(
         f'{path} already holds files. Choose another --output_dir, or pass '
         '--overwrite to delete what is there.'
       )
-    _check_same(path, fields)
+    _check_same(path, fields, _defaults(config), may_change)
     return path
   make_folder(path, output=path)
   write_json(path / 'config.json', {'config': fields} | environment())
@@ -224,7 +228,23 @@ def resolve_dtype(name: str):
   return dtypes[name]
 
 
-def _check_same(path: Path, fields: dict[str, Any]) -> None:
+def _defaults(config: Any) -> dict[str, Any]:
+  """The default of every field that has one, as JSON has it."""
+  found = {}
+  for field in dataclasses.fields(config):
+    if field.default is not dataclasses.MISSING:
+      found[field.name] = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+      found[field.name] = field.default_factory()
+  return dict(json.loads(json.dumps(found, default=str)))
+
+
+def _check_same(
+  path: Path,
+  fields: dict[str, Any],
+  defaults: dict[str, Any],
+  may_change: Collection[str],
+) -> None:
   config_path = path / 'config.json'
   if not config_path.is_file():
     raise OutputError(
@@ -232,12 +252,14 @@ def _check_same(path: Path, fields: dict[str, Any]) -> None:
       'another --output_dir.'
     )
   try:
-    old = json.loads(config_path.read_text(encoding='utf-8'))['config']
-  except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    recorded = json.loads(config_path.read_text(encoding='utf-8'))['config']
+    old = defaults | recorded
+  except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
     raise OutputError(
       f'{config_path} is damaged. Choose another --output_dir.'
     ) from None
-  ignored = {'overwrite', 'output_dir', 'mesh', 'max_batch'}  # where it runs may change
+  # Where it runs may change.
+  ignored = {'overwrite', 'output_dir', 'mesh', 'max_batch', *may_change}
   changed = [
     f'{name}: was {old.get(name)!r}, now {fields.get(name)!r}'
     for name in sorted((old.keys() | fields.keys()) - ignored)
