@@ -77,7 +77,11 @@ def define(defaults: type[Config], *, data: str) -> Iterable[flags.FlagHolder[An
     ),
     flags.DEFINE_integer('lora_rank', d.lora_rank, 'Of a new adapter; 0: none.'),
     flags.DEFINE_float('lora_alpha', d.lora_alpha, 'Scale is alpha / rank.'),
-    flags.DEFINE_float('lora_dropout', d.lora_dropout, 'Share of adapter inputs.'),
+    flags.DEFINE_float(
+      'lora_dropout',
+      d.lora_dropout,
+      "Share of adapter inputs; default 0, or the adapter's own.",
+    ),
     flags.DEFINE_bool('lora_rslora', d.lora_rslora, 'Scale is alpha / sqrt(rank).'),
     flags.DEFINE_string(
       'lora_targets',
@@ -115,7 +119,9 @@ def define(defaults: type[Config], *, data: str) -> Iterable[flags.FlagHolder[An
     flags.DEFINE_float('beta2', d.beta2, 'AdamW.'),
     flags.DEFINE_float('epsilon', d.epsilon, 'AdamW.'),
     flags.DEFINE_float('weight_decay', d.weight_decay, 'On matrices only.'),
-    flags.DEFINE_float('clip_norm', d.clip_norm, 'Global gradient norm; 0: off.'),
+    flags.DEFINE_float(
+      'clip_norm', d.clip_norm, 'Global norm; 0: off. Value models: 5 for V, off for Q.'
+    ),
     flags.DEFINE_string('eval_data', d.eval_data, 'Like --data; empty: no evaluation.'),
     flags.DEFINE_integer(
       'eval_every', d.eval_every, 'Steps; 0: before each checkpoint.', lower_bound=0

@@ -36,7 +36,7 @@ class Config(optimizer.OptimizerConfig):
   trainable: str = ''  # mask preset, or regex:PATTERN[;...]; empty: adapter, or all
   lora_rank: int = 0  # 0: no adapter
   lora_alpha: float = 32.0  # the adapter's product is scaled by alpha / rank
-  lora_dropout: float = 0.0
+  lora_dropout: float | None = None  # None: 0, or that of `adapter`
   lora_rslora: bool = False  # scale by alpha / sqrt(rank) instead
   lora_targets: str = 'all_linear'  # preset, or regular expressions with commas
   quantize: str = ''  # nf4 or int8: how the frozen kernels are held
@@ -91,13 +91,35 @@ class Config(optimizer.OptimizerConfig):
       raise ValueError(
         f'--quantize={self.quantize}: want one of {", ".join(quantized.KINDS)}.'
       )
+    self._check_lora()
+    if self.lora_plus_ratio != 1 and not self.has_adapter:
+      raise ValueError('--lora_plus_ratio is for adapters; it needs --lora_rank.')
+    _ = self.rules, self.lora, self.profiled  # these check themselves
+    if self.num_steps:
+      self.check_profile(self.num_steps)
+
+  def _check_lora(self) -> None:
+    """An option of adapters that would change nothing is refused."""
     if self.adapter and self.lora_rank:
       raise ValueError(
         f'--adapter={self.adapter} has its own rank: leave --lora_rank out.'
       )
-    if self.lora_plus_ratio != 1 and not self.has_adapter:
-      raise ValueError('--lora_plus_ratio is for adapters; it needs --lora_rank.')
-    _ = self.rules, self.lora, self.profiled  # these check themselves
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name in ('lora_alpha', 'lora_rslora', 'lora_targets'):
+      value = getattr(self, name)
+      if value == defaults[name]:
+        continue
+      if self.adapter:
+        raise ValueError(
+          f'--adapter={self.adapter} has its own: leave --{name}={value} out.'
+        )
+      if not self.lora_rank:
+        raise ValueError(f'--{name}={value} is for adapters; it needs --lora_rank.')
+    if self.lora_dropout and not self.has_adapter:
+      raise ValueError(
+        f'--lora_dropout={self.lora_dropout} is for adapters; it needs --lora_rank or '
+        '--adapter.'
+      )
 
   @property
   def evaluates(self) -> bool:
@@ -117,7 +139,7 @@ class Config(optimizer.OptimizerConfig):
     return LoraConfig(
       self.lora_rank,
       self.lora_alpha,
-      self.lora_dropout,
+      self.lora_dropout or 0.0,
       self.lora_rslora,
       targets_named(self.lora_targets),
     )
@@ -151,10 +173,33 @@ class Config(optimizer.OptimizerConfig):
       )
     return int(first), int(last)
 
+  def check_profile(self, num_steps: int) -> None:
+    """Raises ValueError where `profiled` begins after the last of `num_steps`."""
+    if self.profiled and self.profiled[0] >= num_steps:
+      raise ValueError(
+        f'--profile_steps={self.profile_steps}: want a FIRST below the '
+        f'{num_steps} steps of the run.'
+      )
+
+  @property
+  def may_change(self) -> frozenset[str]:
+    """Fields that may change when a run goes on, often since its mesh does.
+
+    They change no result beyond rounding. `batch_size` is over all micro-batches, so
+    the batch stays the same; but dropout takes other random numbers in each of them.
+    """
+    names = {'remat', 'attention_backend', 'loss_chunk', 'keep_last', 'keep_every'}
+    may_drop = bool(self.adapter) and self.lora_dropout is None  # it has its own
+    if not (self.lora_dropout or may_drop):
+      names.add('grad_accumulation')
+    return frozenset(names)
+
   def recorded(self) -> Self:
-    """Itself, but for what may change when a run goes on."""
+    """Itself, but for what says nothing about the run as a whole."""
     return dataclasses.replace(
       self,
+      # What `adapter` has is not known here; all others have a number.
+      lora_dropout=self.lora_dropout if self.adapter else self.lora_dropout or 0.0,
       resume_step=0,
       profile_steps='',
       explain_sharding=False,
