@@ -195,9 +195,14 @@ def test_an_adapter_run_saves_the_adapter_alone_and_learns(model, tmp_path, quan
   assert facts['base']['model'] == model
 
 
-def test_an_adapter_trains_on_and_brings_its_rank_along(model, tmp_path):
+def test_an_adapter_trains_on_and_brings_its_rank_along(model, tmp_path, caplog):
   first = make_config(
-    model, tmp_path / 'first', lora_rank=3, lora_targets='qv', num_steps=2
+    model,
+    tmp_path / 'first',
+    lora_rank=3,
+    lora_targets='qv',
+    lora_dropout=0.25,
+    num_steps=2,
   )
   sft.run(first)
   second = make_config(
@@ -215,6 +220,48 @@ def test_an_adapter_trains_on_and_brings_its_rank_along(model, tmp_path):
   other = write_model(tmp_path / 'other', seed=1)
   with pytest.raises(CheckpointError, match='with other weights than these'):
     sft.run(dataclasses.replace(second, model=other, output_dir=str(tmp_path / 'x')))
+  with pytest.raises(CheckpointError, match='with other weights than these'):
+    more = dataclasses.replace(second, trainable='regex:lora_[ab]$;norm/scale$')
+    sft.run(dataclasses.replace(more, model=other, output_dir=str(tmp_path / 'y')))
+  # Its dropout comes along too, and may be turned off.
+  assert training.start(second).lora.dropout == 0.25
+  without = dataclasses.replace(second, lora_dropout=0.0)
+  assert training.start(without).decoder.lora_dropout == 0.0
+  # Quantised, the fingerprint cannot be compared; then names are.
+  for base, warned in ((model, False), (other, True)):
+    caplog.clear()
+    config = dataclasses.replace(second, model=base, quantize='int8')
+    setup = training.start(config)
+    plan = training.make_plan(config, setup)
+    training_state._load_adapter(plan, setup.mesh, {}, 0)
+    assert ('the same weights cannot be told' in caplog.text) == warned
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+  may_change = lambda **changes: make_config('m', tmp_path, **changes).may_change
+  assert 'batch_size' not in may_change()
+  assert {'remat', 'attention_backend', 'loss_chunk', 'keep_last'} <= may_change()
+  # Dropout takes other random numbers in each micro-batch.
+  assert 'grad_accumulation' in may_change() & may_change(lora_rank=2)
+  assert 'grad_accumulation' not in may_change(lora_rank=2, lora_dropout=0.1)
+  assert 'grad_accumulation' not in may_change(adapter='a')  # it may have its own
+  assert 'grad_accumulation' in may_change(adapter='a', lora_dropout=0.0)
+
+
+@pytest.mark.parametrize('dry_run', [False, True])
+def test_quantising_what_is_no_hugging_face_model_is_refused_at_once(
+  whole_run, tmp_path, dry_run
+):
+  made = make_config(
+    whole_run[0].output_dir,
+    tmp_path / 'run',
+    lora_rank=2,
+    quantize='int8',
+    dry_run=dry_run,
+  )
+  with pytest.raises(CheckpointError, match='--quantize=int8 reads Hugging Face files'):
+    sft.run(made)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_another_base_of_the_same_shape_is_refused(model, tmp_path):
@@ -246,6 +293,39 @@ def test_sigterm_saves_and_says_how_to_go_on(whole_run, model, tmp_path, caplog)
   assert steps_of(made.output_dir) == [2]
   assert 'Run the same command to go on' in caplog.text
   assert sft.run(made)['stopped'] is False
+  assert_same(weights_of(made.output_dir), weights_of(whole_run[0].output_dir))
+
+
+def test_the_same_command_goes_on_although_it_names_a_step_to_go_back_to(
+  whole_run, tmp_path, caplog
+):
+  original = TextBatches.__call__
+
+  def interrupts(self, step):
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, step)
+
+  made = copied(whole_run, tmp_path, resume_step=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TextBatches, '__call__', interrupts)
+    assert sft.run(made)['stopped']
+  aside = tmp_path / 'run' / 'set_aside'
+  assert sorted(p.name for p in aside.iterdir()) == ['2', '3', '4', 'after.json']
+  assert steps_of(made.output_dir) == [1, 2, 3]
+  shutil.rmtree(steps(made) / '1')  # as --keep_last may do
+  taken = []
+
+  def counts(self, step):
+    taken.append(step)
+    return original(self, step)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(TextBatches, '__call__', counts)
+    with caplog.at_level('INFO'):
+      assert sft.run(made)['steps'] == 4
+  assert taken == [3]
+  assert '--resume_step=1 was followed before' in caplog.text
   assert_same(weights_of(made.output_dir), weights_of(whole_run[0].output_dir))
 
 
@@ -297,7 +377,16 @@ def test_resuming_from_a_step_that_is_not_there(whole_run, tmp_path):
 
 
 def test_resuming_on_another_mesh_goes_on_with_the_same_numbers(whole_run, tmp_path):
-  made = copied(whole_run, tmp_path, mesh='fsdp:8', resume_step=2)
+  made = copied(
+    whole_run,
+    tmp_path,
+    mesh='fsdp:4,data:1,tensor:2',
+    grad_accumulation=2,  # and what else another mesh may need
+    remat='full',
+    attention_backend='blocks',
+    loss_chunk=48,
+    resume_step=2,
+  )
   assert sft.run(made)['loss'] == pytest.approx(whole_run[1]['loss'], rel=1e-5)
   mine, others = weights_of(made.output_dir), weights_of(whole_run[0].output_dir)
   for name in mine:
@@ -313,39 +402,6 @@ def test_a_dry_run_tells_the_memory_and_writes_nothing(model, tmp_path):
   assert found['trainable'] < found['frozen'] < found['peak']
   assert found['optimizer'] == pytest.approx(2 * found['trainable'], rel=1e-2)
   # Rows of 160 tokens: three int32 numbers and a boolean each, on four batch shards.
-def test_the_same_command_goes_on_although_it_names_a_step_to_go_back_to(
-  whole_run, tmp_path, caplog
-):
-  original = TextBatches.__call__
-
-  def interrupts(self, step):
-    if step == 2:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return original(self, step)
-
-  made = copied(whole_run, tmp_path, resume_step=1)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(TextBatches, '__call__', interrupts)
-    assert sft.run(made)['stopped']
-  aside = tmp_path / 'run' / 'set_aside'
-  assert sorted(p.name for p in aside.iterdir()) == ['2', '3', '4', 'after.json']
-  assert steps_of(made.output_dir) == [1, 2, 3]
-  shutil.rmtree(steps(made) / '1')  # as --keep_last may do
-  taken = []
-
-  def counts(self, step):
-    taken.append(step)
-    return original(self, step)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(TextBatches, '__call__', counts)
-    with caplog.at_level('INFO'):
-      assert sft.run(made)['steps'] == 4
-  assert taken == [3]
-  assert '--resume_step=1 was followed before' in caplog.text
-  assert_same(weights_of(made.output_dir), weights_of(whole_run[0].output_dir))
-
-
   assert found['batch'] == 8 * 160 * 13 / 4
 
 
@@ -373,6 +429,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     ({'quantize': 'nf3'}, 'want one of nf4, int8'),
     ({'eval_every': 5}, 'needs --eval_data'),
     ({'lora_rank': -2}, 'rank -2'),
+    ({'lora_alpha': 8.0}, '--lora_alpha=8.0 is for adapters; it needs --lora_rank'),
+    ({'lora_rslora': True}, '--lora_rslora=True is for adapters'),
+    ({'lora_targets': 'qv'}, '--lora_targets=qv is for adapters'),
+    ({'lora_dropout': 0.1}, '--lora_dropout=0.1 is for adapters'),
+    ({'adapter': 'runs/a', 'lora_alpha': 8.0}, 'leave --lora_alpha=8.0 out'),
+    ({'adapter': 'runs/a', 'lora_rslora': True}, 'leave --lora_rslora=True out'),
+    ({'adapter': 'runs/a', 'lora_targets': 'qv'}, 'leave --lora_targets=qv out'),
+    ({'profile_steps': '4:6'}, '--profile_steps=4:6: want a FIRST below the 4 steps'),
   ],
 )
 def test_contradictory_flags_are_refused_at_once(tmp_path, changes, message):
@@ -387,6 +451,7 @@ def test_contradictory_flags_are_refused_at_once(tmp_path, changes, message):
     ({'trainable': 'regex:nothing_has_this_name'}, 'No parameter is trainable'),
     ({'trainable': 'lora'}, 'No parameter is trainable'),
     ({'lora_rank': 4, 'lora_targets': 'q_proj'}, 'q_proj'),
+    ({'num_steps': 0, 'num_epochs': 2.0, 'profile_steps': '40:42'}, 'FIRST below the '),
   ],
 )
 def test_masks_that_do_not_fit_are_refused_before_anything_is_written(
