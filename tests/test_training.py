@@ -279,6 +279,19 @@ def test_operations_of_a_step_by_hand():
   assert flops_under(masks.rules_named('head')) == (2 * matrices + 2 * head, 12 * width)
 
 
+@pytest.mark.parametrize('tied', [False, True])
+def test_operations_of_a_value_head_are_those_of_the_outputs_that_are_taken(tied):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+  shapes = {n: x for n, x in jax.eval_shape(make_params).items() if n != 'lm_head'}
+  shapes['value_head'] = {'kernel': jax.ShapeDtypeStruct((16, 48 * 5), jnp.float32)}
+  mask = masks.make_mask(shapes, masks.rules_named('all'))
+  matrices = 3 * (2 * 16 * 48 + 2 * 16 * 24 + 3 * 16 * CONFIG.intermediate_size)
+  found = flops.step_flops(config, shapes, mask, head_outputs=5)
+  assert found.per_token == 6 * (matrices + 16 * 5)
+  found = flops.step_flops(config, shapes, mask)
+  assert found.per_token == 6 * (matrices + 16 * 48 * 5)
+
+
 def test_flops_of_a_batch_follow_its_tokens_and_pairs():
   batch = {
     'segments': np.array([[1, 1, 1, 2, 2, 0]]),
@@ -319,7 +332,7 @@ def fit(num_steps, bad_step=None, bad_metric='loss', **options):
   seen = []
 
   def fake_step(state, batch):
-    metrics = {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1)}
+    metrics = {n: jnp.float32(1) for n in ('loss', 'grad_norm', 'rewards/margins')}
     if int(state.step) == bad_step:
       metrics[bad_metric] *= jnp.nan
     return state.replace(step=state.step + 1), metrics
@@ -378,3 +391,6 @@ def test_a_non_finite_loss_stops_before_it_is_saved():
   seen, saved, error = fit(5, bad_step=1, bad_metric='grad_norm')
   assert (seen, saved) == ([1], [])
   assert str(error) == 'The gradient norm of step 2 is nan.'
+  seen, saved, error = fit(5, bad_step=2, bad_metric='rewards/margins')
+  assert (seen, saved) == ([1, 2], [2])
+  assert str(error) == 'The rewards/margins of step 3 is nan.'
