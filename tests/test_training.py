@@ -24,9 +24,9 @@ from mrjax.training import flops, loop, optimizer, step
 CONFIG = DecoderConfig.from_hf(
   {
     'architectures': ['LlamaForCausalLM'],
-    'vocab_size': 48,
+    'vocab_size': 50,
     'hidden_size': 16,
-    'intermediate_size': 24,
+    'intermediate_size': 26,
     'num_hidden_layers': 3,
     'num_attention_heads': 8,
     'num_key_value_heads': 4,
@@ -47,7 +47,7 @@ def make_batch(num_micro: int, rows: int = 16, length: int = 11):
   places = np.arange(length)[None]
   real = places < lengths
   batch = {
-    'tokens': np.where(real, rng.integers(1, 48, (rows, length)), 0).astype(np.int32),
+    'tokens': np.where(real, rng.integers(1, 50, (rows, length)), 0).astype(np.int32),
     'positions': np.broadcast_to(places, real.shape).astype(np.int32),
     'segments': real.astype(np.int32),
     'loss_mask': real & (places >= 2),
@@ -127,7 +127,7 @@ def test_padding_does_not_change_the_step(reference):
 @pytest.fixture(scope='module')
 def texts():
   rng = np.random.default_rng(7)
-  make = lambda n: Example(rng.integers(1, 48, n).astype(np.int32), np.arange(n) >= 2)
+  make = lambda n: Example(rng.integers(1, 50, n).astype(np.int32), np.arange(n) >= 2)
   return [(make(n),) for n in rng.integers(4, 24, 13)]
 
 
@@ -257,8 +257,8 @@ def flops_under(rules, extra=None):
 
 
 def test_operations_of_a_step_by_hand():
-  # Matrices of a layer: q and o 16 x 48, k and v 16 x 24, gate, up and down 16 x 24.
-  layer, head = 2 * 16 * 48 + 2 * 16 * 24 + 3 * 16 * 24, 16 * 48
+  # Matrices of a layer: q and o 16 x 48, k and v 16 x 24, gate, up and down 16 x 26.
+  layer, head = 2 * 16 * 48 + 2 * 16 * 24 + 3 * 16 * 26, 16 * 50
   matrices = 3 * layer + head
   width = 8 * 6
   assert flops_under(masks.rules_named('all')) == (6 * matrices, 12 * 3 * width)
@@ -381,6 +381,15 @@ def test_evaluations_come_when_asked_and_before_saves():
 
 def test_loop_reports_each_step_once_and_saves_the_last():
   assert fit(5) == ([1, 2, 3, 4, 5], [2, 4, 5], None)
+
+
+def test_a_profile_holds_the_steps_it_names(tmp_path):
+  steps = fit(5, profile=(1, 3, str(tmp_path)))[0]
+  assert steps == [1, 2, 3, 4, 5]
+  (trace,) = tmp_path.glob('plugins/profile/*/*.xplane.pb')
+  assert trace.stat().st_size > 0
+  assert fit(1, profile=(1, 3, str(tmp_path / 'late')))[0] == [1]
+  assert not (tmp_path / 'late').exists()
 
 
 def test_a_non_finite_loss_stops_before_it_is_saved():
