@@ -14,6 +14,11 @@ PEERS = 'peer_'
 # Flags that scripts may rely on: they are neither renamed nor dropped.
 RUN_FLAGS = 'model tokenizer mesh data data_root prompt_template output_dir seed dtype'
 SAMPLING_FLAGS = 'num_samples temperature top_p top_k min_p max_new_tokens stop'
+TRAINING_FLAGS = (
+  'learning_rate num_epochs batch_size grad_accumulation max_length packing lora_rank '
+  'quantize adapter trainable eval_data save_every resume_step dry_run overwrite '
+  'profile_steps explain_sharding'
+)
 PROMISED = {
   'checkpoints_conversion.fold_adapter': 'adapter model output_dir',
   'checkpoints_conversion.hf_to_orbax': 'hf_dir output_dir',
@@ -30,7 +35,13 @@ PROMISED = {
   ),
   'experiments.sample': f'{RUN_FLAGS} {SAMPLING_FLAGS} adapter overwrite',
   'experiments.score': 'model adapter input output',
-  'experiments.train_sft': f'{RUN_FLAGS} overwrite profile_steps explain_sharding',
+  'experiments.train_preference': (
+    f'{RUN_FLAGS} {TRAINING_FLAGS} loss beta reference reference_model equal_pairs'
+  ),
+  'experiments.train_sft': f'{RUN_FLAGS} {TRAINING_FLAGS}',
+  'experiments.train_value': (
+    f'{RUN_FLAGS} {TRAINING_FLAGS} classifier_type loss_type num_atoms init_mode'
+  ),
 }
 TEXT_ONLY = ('experiments.grade', 'experiments.report', 'experiments.rft.collect')
 
