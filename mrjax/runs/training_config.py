@@ -29,7 +29,7 @@ class Config(optimizer.OptimizerConfig):
   output_dir: str = ''
   mesh: str = 'data:1,fsdp:-1,tensor:1'
   dtype: str = 'auto'  # of the computation; what trains is float32
-  remat: str = 'none'
+  remat: str = 'minimal'
   attention_backend: str = 'auto'
   loss_chunk: int = 0  # tokens that go through the head together; 0: as many as is fast
   seed: int = 0  # of the data order and of all that is random
