@@ -5,8 +5,8 @@ program, so they do not depend on the machine's load; step and compile times are
 of interleaved rounds.
 
   remat        memory beside weights and optimizer, and step time, of each policy
-  lora         memory over (weights, adapter with moments and gradient, what waits for the
-               backward pass), beside full fine-tuning
+  lora         memory over (weights; adapter, its moments and gradient; what waits for
+               the backward pass), beside full fine-tuning
   vocabulary   the same step at V = 8,192 and 128,256: memory beyond embedding and head
                (weights, moments and gradients)
   depth        compile time at 4 and 32 layers
