@@ -41,11 +41,11 @@ WAYS: dict[str, dict[str, Any]] = {
   'qlora_nf4': {'learning_rate': 2e-3, 'lora_rank': 16, 'quantize': 'nf4'},
 }
 LOSSES: dict[str, dict[str, Any]] = {
-  'before': {'loss': 'orpo', 'learning_rate': 0.0, 'num_steps': 1},
-  'dpo': {'loss': 'dpo', 'beta': 0.1, 'learning_rate': 5e-5, 'num_epochs': 2},
-  'orpo': {'loss': 'orpo', 'beta': 0.5, 'learning_rate': 5e-5, 'num_epochs': 2},
+  'before': {'loss': 'orpo', 'beta': 0.5, 'learning_rate': 0.0, 'num_steps': 1},
+  'dpo': {'loss': 'dpo', 'beta': 0.1, 'learning_rate': 1e-4, 'num_epochs': 2},
+  'orpo': {'loss': 'orpo', 'beta': 0.5, 'learning_rate': 1e-4, 'num_epochs': 2},
 }
-PAIRS = 'arithmetic:train?size=2000&seed=1'
+PAIRS = 'arithmetic:train?size=6000&seed=1'
 HELD_OUT = 4  # every fourth problem of them
 
 
@@ -103,7 +103,7 @@ def _compare_losses(root: Path) -> dict[str, Any]:
     model=_MODEL.value,
     data=PAIRS,
     prompt_template=LAYOUT,
-    num_samples=8,
+    num_samples=4,
     temperature=1.0,
     seed=_SEED.value,
     output_dir=str(root / 'samples'),
@@ -137,7 +137,7 @@ def _pairs(graded: Iterable[Record]) -> list[Record]:
   prompts = {p.id: render_prompt(LAYOUT, p).text for p in load_problems(PAIRS)}
   by_problem: dict[str, dict[bool, Record]] = defaultdict(dict)
   for record in graded:
-    by_problem[record['problem_id']].setdefault(record['is_correct'], record)
+    by_problem[record['problem_id']].setdefault(record['correct'], record)
   return [
     {
       'prompt': prompts[problem_id],

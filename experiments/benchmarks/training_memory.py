@@ -5,8 +5,9 @@ program, so they do not depend on the machine's load; step and compile times are
 of interleaved rounds.
 
   remat        memory beside weights and optimizer, and step time, of each policy
-  lora         memory over (weights; adapter, its moments and gradient; what waits for
-               the backward pass), beside full fine-tuning
+  lora         peak over (weights; adapter, its moments and gradient; activations): those
+               of full fine-tuning (its temporaries less its gradient), or, stricter,
+               only what waits for the backward pass and no layer's work in progress
   vocabulary   the same step at V = 8,192 and 128,256: memory beyond embedding and head
                (weights, moments and gradients)
   depth        compile time at 4 and 32 layers
@@ -27,7 +28,6 @@ from absl import flags
 
 from experiments.benchmarks.figures import emit
 from experiments.benchmarks.llama_30m import LORA_ALPHA, LORA_RANK, MODEL, ROW_LENGTH
-from mrjax.lora import masks
 from mrjax.lora.adapters import LoraConfig, init_adapter
 from mrjax.models import remat
 from mrjax.models.config import DecoderConfig
@@ -138,20 +138,25 @@ def _by_policy() -> dict[str, dict[str, float]]:
 
 
 def _of_lora() -> dict[str, dict[str, float]]:
-  found = {}
+  found: dict[str, dict[str, float]] = {}
   for name, lora in (('full', False), ('lora', True)):
     program = make_program(Config.remat, lora=lora)
     gradient = _bytes(program.state.params)
     held = _bytes(program.state) + _bytes(program.frozen) + _bytes(program.batch)
-    needed = held + gradient + program.waiting_bytes
-    peak = held + _temporary(program.compile())
+    temporary = _temporary(program.compile())
     found[name] = {
-      'peak_mb': peak / 1e6,
-      'weights_mb': _bytes(masks.merge(program.state.params, program.frozen)) / 1e6,
-      'moments_and_gradient_mb': (_bytes(program.state.opt_state) + gradient) / 1e6,
+      'peak_mb': (held + temporary) / 1e6,
+      'held_and_gradient_mb': (held + gradient) / 1e6,
+      'activations_mb': (temporary - gradient) / 1e6,
       'waiting_mb': program.waiting_bytes / 1e6,
-      'peak_to_needed': peak / needed,
     }
+  lora = found['lora']
+  for kind, needed in (
+    ('activations_of_full', found['full']['activations_mb']),
+    ('what_waits', lora['waiting_mb']),
+  ):
+    total = lora['held_and_gradient_mb'] + needed
+    lora[f'peak_to_held_and_{kind}'] = lora['peak_mb'] / total
   return found
 
 
