@@ -23,10 +23,13 @@ _SHARD_NAME = re.compile(r'^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.j
 
 
 class DataError(ValueError):
-  """A record that breaks its format; the message starts with `FILE:LINE: `."""
+  """A record that breaks its format; the message starts with `FILE:LINE: `.
 
-  def __init__(self, path: str | Path, line: int, message: str):
-    super().__init__(f'{path}:{line}: {message}')
+  `line` is None where the fault is that of a whole file; then it is left out.
+  """
+
+  def __init__(self, path: str | Path, line: int | None, message: str):
+    super().__init__(f'{path}{"" if line is None else f":{line}"}: {message}')
     self.path = str(path)
     self.line = line
 
@@ -107,7 +110,9 @@ def parse_line(
     return record
 
   try:
-    record = json.loads(line.decode('utf-8'), object_pairs_hook=unique)
+    # With its newline, what is missing at the end would be missing on the next line.
+    text = line.rstrip(b'\r\n').decode('utf-8')
+    record = json.loads(text, object_pairs_hook=unique)
   except UnicodeDecodeError as error:
     raise DataError(path, number, f'not UTF-8 ({error}); re-encode the file') from None
   except json.JSONDecodeError as error:
@@ -158,7 +163,7 @@ def read_numbered(
       found = True
       yield number, parse_line(line, path=path, number=number, required=required)
   if not found:
-    raise DataError(path, 1, 'the file holds no record')
+    raise DataError(path, None, 'the file holds no record')
 
 
 def read_jsonl(path: str | Path, *, required: Sequence[str] = ()) -> Iterator[Record]:

@@ -96,7 +96,7 @@ def test_conversations_supervise_what_follows_the_prompt_alone(tokenizer, tmp_pa
   assert supervised(tokenizer, rejected) == 'de</s>'
   for a, b in zip(explicit, implicit):
     assert (a.ids == b.ids).all() and (a.loss_mask == b.loss_mask).all()
-  with pytest.raises(ValueError, match=r"pairs\.jsonl:1: .* chat template, not 'qa'"):
+  with pytest.raises(ValueError, match=r'pairs\.jsonl:1: .* --prompt_template=chat'):
     encode_preferences(load_preferences(path), tokenizer, template='qa', max_length=99)
 
 
@@ -130,6 +130,10 @@ def test_the_prompt_of_strings_may_be_what_they_share(
       {'prompt': [user(None)], 'chosen': CHAT, 'rejected': CHAT},
       "'prompt': a message needs role and content",
     ),
+    (
+      {'chosen': CHAT, 'rejected': [{'role': 'gpt', 'content': 'a'}]},
+      "'rejected': a message has the role 'gpt'; want one of",
+    ),
   ],
 )
 def test_bad_pairs_are_named(tmp_path, record, message):
@@ -148,7 +152,7 @@ EQUAL = [
 
 
 def test_a_pair_without_a_difference_is_refused(tokenizer):
-  with pytest.raises(ValueError, match=r'^f:3: chosen and rejected are the same'):
+  with pytest.raises(ValueError, match=r'^f:3: chosen and .* give --equal_pairs=drop'):
     encode_preferences(EQUAL, tokenizer, max_length=99)
   with pytest.raises(ValueError, match=r'^f:2: chosen and rejected are the same'):
     encode_preferences(EQUAL, tokenizer, max_length=7, overlong='truncate')
@@ -175,7 +179,7 @@ LONG = [
 
 
 def test_long_pairs_by_policy(tokenizer, caplog):
-  with pytest.raises(ValueError, match=r'^f:2: 10 tokens, more than max_length=9'):
+  with pytest.raises(ValueError, match=r'^f:2: 10 tokens, .* give --overlong=truncate'):
     encode_preferences(LONG, tokenizer, max_length=9)
   with caplog.at_level(logging.INFO):
     pairs = encode_preferences(LONG, tokenizer, max_length=9, overlong='drop')
@@ -184,7 +188,7 @@ def test_long_pairs_by_policy(tokenizer, caplog):
   assert '0 truncated and 1 dropped' in caplog.messages[0]
   assert '1 truncated and 0 dropped' in caplog.messages[1]
   assert [text_of(tokenizer, text) for text in pairs[1]] == ['<s>pa</s>', '<s>pbcde']
-  with pytest.raises(ValueError, match=r'^f:1: no supervised token among 2'):
+  with pytest.raises(ValueError, match=r'^f:1: no supervised .* give --overlong=drop'):
     encode_preferences(LONG, tokenizer, max_length=2, overlong='truncate')
   with pytest.raises(ValueError, match='no pair is left of 2: 2 are longer'):
     encode_preferences(LONG, tokenizer, max_length=3, overlong='drop')
@@ -240,6 +244,14 @@ def test_a_mismatch_that_is_too_long_is_cut(tokenizer):
   judged = encode_judged(records, tokenizer, max_length=9)
   assert [len(text.ids) for text in judged.texts] == [9, 9]
   assert text_of(tokenizer, judged.mismatched[0]) == '<s>promptab'
+
+
+@pytest.mark.parametrize('label', [True, False])
+def test_judgements_of_one_kind_alone_are_warned_of(tokenizer, caplog, label):
+  records = [JudgedRecord(f'f:{i}', 'pq'[i], 'a', label) for i in range(2)]
+  encode_judged(records, tokenizer, max_length=8)
+  kind = 'desirable' if label else 'undesirable'
+  assert caplog.messages[0].startswith(f'All 2 completions are {kind}. KTO learns from')
 
 
 def test_judged_records_by_length_and_balance(tokenizer, caplog):

@@ -17,6 +17,7 @@ from mrjax.records import (
   JsonlAppender,
   Problem,
   expand_inputs,
+  parse_line,
   read_jsonl,
   read_numbered,
   write_jsonl,
@@ -85,7 +86,7 @@ def test_a_byte_order_mark_is_skipped_where_a_file_begins(tmp_path):
 @pytest.mark.parametrize(
   ('line', 'message'),
   [
-    (b'{"a": 1', 'not valid JSON'),
+    (b'{"a": 1', r"not valid JSON \(Expecting ',' delimiter at column 8\)"),
     (b'{"a": 1} {"a": 2}', 'not valid JSON'),
     (b'[1, 2]', 'want a JSON object, found list'),
     (b'null', 'want a JSON object, found NoneType'),
@@ -108,12 +109,23 @@ def test_a_bad_line_is_named(tmp_path, line, message):
   assert seen == [{'a': 0}]  # reading is streaming
 
 
+def test_a_fault_at_the_end_of_a_line_is_on_that_line(tmp_path):
+  columns = []
+  for end in (b'\n', b'\r\n', b''):
+    with pytest.raises(DataError, match='column') as error:
+      parse_line(b'{"a": [1, 2]' + end, path='f', number=3)
+    columns.append(str(error.value).partition(': b')[0])
+  assert columns == ["f:3: not valid JSON (Expecting ',' delimiter at column 13)"] * 3
+
+
 @pytest.mark.parametrize('content', [b'', b'\n\n  \n'])
 def test_an_empty_file_is_an_error(tmp_path, content):
   path = tmp_path / 'rows.jsonl'
   path.write_bytes(content)
-  with pytest.raises(DataError, match='holds no record'):
+  with pytest.raises(DataError, match='holds no record') as error:
     list(read_jsonl(path))
+  assert str(error.value) == f'{path}: the file holds no record'  # it has no line 1
+  assert error.value.line is None
 
 
 def test_a_missing_file_and_a_folder(tmp_path):

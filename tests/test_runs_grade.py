@@ -207,7 +207,7 @@ def test_choice_without_options_in_csqa(tmp_path):
 
 def test_empty_input(tmp_path):
   (tmp_path / 'in.jsonl').write_text('')
-  with pytest.raises(DataError, match=r'in.jsonl:1: the file holds no record'):
+  with pytest.raises(DataError, match=r'in.jsonl: the file holds no record'):
     run(tmp_path, None)
 
 

@@ -334,8 +334,10 @@ def test_a_template_that_forgets_is_refused(bpe_folder, tmp_path):
 
 
 def test_conversations_that_cannot_be_learnt(bpe, bpe_folder, tmp_path):
-  with pytest.raises(ValueError, match='no chat template'):
+  with pytest.raises(ValueError, match='no chat template: give a --tokenizer with one'):
     bpe.encode_messages(CHAT)
+  with pytest.raises(ValueError, match='role "assistant"'):  # the fault of the record
+    bpe.encode_messages(CHAT[:1])
   tokenizer = load_tokenizer(chat_folder(bpe_folder, tmp_path / 'chat', LLAMA3))
   with pytest.raises(ValueError, match='role "assistant"'):
     tokenizer.encode_messages(CHAT[:1])

@@ -87,6 +87,8 @@ def test_labels_out_of_range_are_refused():
     encode_values([record(reward=1.5)], Labels(), vocab_size=9, max_length=9)
   with pytest.raises(ValueError, match=r'label 7.38906, .* --shift_reward'):
     encode_values([record()], Labels(eta=2.0), vocab_size=9, max_length=9)
+  with pytest.raises(ValueError, match=r'reward 1.0 gives the label inf, which is not'):
+    Labels(eta=1e5).label(record())
 
 
 def test_problems_whose_rewards_never_vary_are_dropped(caplog):
@@ -103,6 +105,10 @@ def test_problems_whose_rewards_never_vary_are_dropped(caplog):
   assert caplog.messages == [
     'Value data: 5 of 7 records dropped, of 2 of 3 problems whose rewards are all equal'
   ]
+  with pytest.raises(
+    ValueError, match=r'--drop_no_variation leaves none of 5 .* their 2 problems are'
+  ):
+    drop_no_variation(rows[:5])
 
 
 def test_a_random_share_is_held_out():
@@ -113,8 +119,8 @@ def test_a_random_share_is_held_out():
   assert split_id_eval(rows, ratio=0.1, seed=4) == (training, held_out)
   assert split_id_eval(rows, ratio=0.1, seed=5)[1] != held_out
   assert split_id_eval(rows, ratio=0.0, seed=4) == (rows, [])
-  with pytest.raises(ValueError, match='no value record is left to train on, of 0'):
-    split_id_eval([], ratio=0.1, seed=4)
+  with pytest.raises(ValueError, match=r'left to train on, of 1: .* --id_eval_ratio'):
+    split_id_eval(rows[:1], ratio=0.6, seed=4)
 
 
 def test_evaluation_sets_are_capped():
@@ -143,7 +149,7 @@ def encode(overlong):
 
 
 def test_long_records_by_policy(caplog):
-  with pytest.raises(ValueError, match=r'^f:cut: 8 tokens, more than max_length=6'):
+  with pytest.raises(ValueError, match=r'^f:cut: 8 tokens, .*=6; .* --overlong=drop'):
     encode('error')
   with caplog.at_level(logging.INFO):
     (short,), (cut,) = encode('truncate')

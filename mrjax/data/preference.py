@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mrjax.data.messages import check_messages
 from mrjax.records import DataError, Record, expand_inputs, read_numbered
 
 Text = str | tuple[Record, ...]  # or messages
@@ -139,15 +140,7 @@ def _text(value: Any, name: str) -> Any:
     return value
   if not isinstance(value, list) or not value:
     raise ValueError(f'field {name!r} must be a string, or a list of messages')
-  for message in value:
-    if not isinstance(message, dict) or not all(
-      isinstance(message.get(key), str) for key in ('role', 'content')
-    ):
-      raise ValueError(
-        f'field {name!r}: a message needs role and content, both strings: '
-        f'{message!r:.80}'
-      )
-  return tuple(value)
+  return check_messages(value, name)
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> Any:

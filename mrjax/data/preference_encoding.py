@@ -59,7 +59,7 @@ def encode_preferences(
         if equal == 'error':
           raise ValueError(
             'chosen and rejected are the same tokens, so there is nothing to prefer; '
-            'mend the record, or choose to drop equal pairs'
+            'mend the record, or give --equal_pairs=drop'
           )
         counts['equal'] += 1
         continue
@@ -140,6 +140,13 @@ def encode_judged(
     text = encode(record, kept[other].completion)
     mismatched += _fit([text], max_length, 'truncate', {'truncated': 0})
   desirable = np.array([record.desirable for record in kept])
+  if desirable.all() or not desirable.any():
+    logging.warning(
+      'All %d completions are %s. KTO learns from the two kinds side by side: give '
+      'records of the other one too.',
+      len(kept),
+      'desirable' if desirable.all() else 'undesirable',
+    )
   logging.info(
     'Preference data: %d of %d completions, %d desirable, %s; %d truncated and %d '
     'dropped at max_length=%d',
@@ -178,7 +185,8 @@ def _encode(
   else:
     if template not in ('raw', 'chat'):
       raise ValueError(
-        f'a record with messages goes through the chat template, not {template!r}'
+        'a record with messages goes through the chat template: give '
+        f'--prompt_template=chat (or raw), not {template!r}'
       )
     before, add_bos = tokenizer.render_chat(prompt, add_generation_prompt=True), False
     whole = tokenizer.render_chat((*prompt, *completion))
@@ -201,8 +209,8 @@ def _fit(
   if longest > max_length:
     if overlong == 'error':
       raise ValueError(
-        f'{longest} tokens, more than max_length={max_length}; raise the limit, or '
-        'choose to truncate or drop long records'
+        f'{longest} tokens, more than max_length={max_length}; raise --max_length, or '
+        'give --overlong=truncate or --overlong=drop'
       )
     counts['truncated' if overlong == 'truncate' else 'dropped'] += 1
     if overlong == 'drop':
@@ -214,7 +222,7 @@ def _fit(
     if not loss_mask[1:].any():
       raise ValueError(
         f'no supervised token among {len(ids)}; the completion is empty or lies behind '
-        f'max_length={max_length}'
+        f'max_length={max_length}: raise --max_length, or give --overlong=drop'
       )
     fitted.append(Example(ids, loss_mask, text.where))
   return fitted

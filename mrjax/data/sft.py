@@ -4,10 +4,10 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mrjax.data.messages import check_messages
 from mrjax.data.problems import load_problems
 from mrjax.data.prompts import check_template, render_completion, render_prompt
 from mrjax.data.tokenization import Tokenizer
@@ -67,10 +67,12 @@ def parse_sft(record: Record, *, where: str) -> SftRecord:
   """Returns the record in checked form.
 
   Raises:
-    ValueError: Neither `messages` nor `prompt` and `completion`, or wrong types.
+    ValueError: Neither `messages` nor `prompt` and `completion`, or wrong types; no
+      turn of the assistant.
   """
   if 'messages' in record:
-    return SftRecord(where, messages=_messages(record['messages'], 'messages'))
+    messages = check_messages(record['messages'], 'messages')
+    return SftRecord(where, messages=_answered(messages, 'messages'))
   missing = [name for name in ('prompt', 'completion') if record.get(name) is None]
   if missing:
     raise ValueError(
@@ -79,8 +81,8 @@ def parse_sft(record: Record, *, where: str) -> SftRecord:
     )
   prompt, completion = record['prompt'], record['completion']
   if isinstance(prompt, list) and isinstance(completion, list):
-    both = _messages(prompt, 'prompt') + _messages(completion, 'completion')
-    return SftRecord(where, messages=both)
+    answer = _answered(check_messages(completion, 'completion'), 'completion')
+    return SftRecord(where, messages=check_messages(prompt, 'prompt') + answer)
   for name, value in (('prompt', prompt), ('completion', completion)):
     if not isinstance(value, str):
       raise ValueError(f'field {name!r} is {type(value).__name__}, want a string')
@@ -164,7 +166,7 @@ def encode_sft(
       if overlong == 'error':
         raise ValueError(
           f'{record.where}: {len(ids)} tokens, more than max_length={max_length}; '
-          'raise the limit, or choose to truncate or drop long records'
+          'raise --max_length, or give --overlong=truncate or --overlong=drop'
         )
       if overlong == 'drop':
         dropped += 1
@@ -175,7 +177,8 @@ def encode_sft(
     if not any(loss_mask[1:]):
       raise ValueError(
         f'{record.where}: no supervised token among {len(ids)}; the completion is '
-        f'empty or lies behind max_length={max_length}'
+        f'empty or lies behind max_length={max_length}: raise --max_length, or give '
+        '--overlong=drop'
       )
     examples.append(
       Example(np.array(ids, np.int32), np.array(loss_mask, bool), record.where)
@@ -203,7 +206,8 @@ def _encode(
   if record.messages:
     if template not in ('raw', 'chat'):
       raise ValueError(
-        f'a record with messages goes through the chat template, not {template!r}'
+        'a record with messages goes through the chat template: give '
+        f'--prompt_template=chat (or raw), not {template!r}'
       )
     return tokenizer.encode_messages(record.messages)
   problem = Problem(
@@ -217,12 +221,11 @@ def _encode(
   return tokenizer.encode_pair(prompt.text, completion, add_bos=prompt.add_bos)
 
 
-def _messages(value: Any, name: str) -> tuple[Record, ...]:
-  if not isinstance(value, list) or not value:
-    raise ValueError(f'field {name!r} must be a list of messages, not empty')
-  for message in value:
-    if not isinstance(message, dict) or not isinstance(message.get('role'), str):
-      raise ValueError(f'field {name!r}: a message needs a role: {message!r:.80}')
-    if not isinstance(message.get('content'), str):
-      raise ValueError(f'field {name!r}: a message needs its content as a string')
-  return tuple(value)
+def _answered(messages: tuple[Record, ...], name: str) -> tuple[Record, ...]:
+  roles = [message['role'] for message in messages]
+  if 'assistant' not in roles:
+    raise ValueError(
+      f'field {name!r} has no message of the role assistant, so there is nothing to '
+      f'learn from; its roles are {", ".join(roles):.80}'
+    )
+  return messages

@@ -101,6 +101,8 @@ class Tokenizer:
       ValueError: No chat template, no assistant turn, or a template that renders the
         beginning of a conversation differently once it goes on.
     """
+    if all(message.get('role') != 'assistant' for message in messages):
+      raise ValueError('no message has the role "assistant": nothing to learn from')
     text = self.render_chat(messages)
     turns = []
     for i, message in enumerate(messages):
@@ -115,8 +117,6 @@ class Tokenizer:
           'records with the last turn as completion'
         )
       turns.append((len(before), len(after)))
-    if not turns:
-      raise ValueError('no message has the role "assistant": nothing to learn from')
     ids, spans = self._encode(text, add_bos=False)
     loss_mask = [False] * len(ids)
     for turn_start, turn_end in turns:
@@ -143,7 +143,8 @@ class Tokenizer:
     """
     if self._backend.chat_template is None:
       raise ValueError(
-        'the tokenizer has no chat template; choose another --prompt_template'
+        'the tokenizer has no chat template: give a --tokenizer with one, or, where '
+        'prompts are strings and not messages, another --prompt_template'
       )
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -71,7 +71,10 @@ class Labels:
     """
     label = (record.reward - self.shift_reward) * self.scale_reward
     if self.eta is not None:
-      label = math.exp(self.eta * label)
+      try:
+        label = math.exp(self.eta * label)
+      except OverflowError:
+        label = math.inf
     if not self.low <= label <= self.high:
       raise ValueError(
         f'{record.where}: reward {record.reward} gives the label {label:.6g}, which is '
@@ -124,11 +127,21 @@ def parse_value(record: Record, *, where: str) -> ValueRecord:
 
 
 def drop_no_variation(records: Sequence[ValueRecord]) -> list[ValueRecord]:
-  """The records of problems that have different rewards; logs what was dropped."""
+  """The records of problems that have different rewards; logs what was dropped.
+
+  Raises:
+    ValueError: There are none.
+  """
   rewards = defaultdict(set)
   for record in records:
     rewards[record.problem_id].add(record.reward)
   kept = [record for record in records if len(rewards[record.problem_id]) > 1]
+  if not kept:
+    raise ValueError(
+      f'--drop_no_variation leaves none of {len(records)} value records: the rewards '
+      f'of each of their {len(rewards)} problems are all equal. Leave it out, or '
+      'collect more responses to a problem'
+    )
   logging.info(
     'Value data: %d of %d records dropped, of %d of %d problems whose rewards are all '
     'equal',
@@ -152,7 +165,10 @@ def split_id_eval(
   held_out = set(order[: round(ratio * len(records))].tolist())
   training = [record for i, record in enumerate(records) if i not in held_out]
   if not training:
-    raise ValueError(f'no value record is left to train on, of {len(records)}')
+    raise ValueError(
+      f'no value record is left to train on, of {len(records)}: give more, or a lower '
+      f'--id_eval_ratio than {ratio:g}'
+    )
   return training, [records[i] for i in sorted(held_out)]
 
 
@@ -222,7 +238,7 @@ def encode_values(
       if overlong == 'error':
         raise ValueError(
           f'{record.where}: {len(ids)} tokens, more than max_length={max_length}; '
-          'raise the limit, or choose to truncate or drop long records'
+          'raise --max_length, or give --overlong=truncate or --overlong=drop'
         )
       if overlong == 'drop' or first >= max_length:
         continue
