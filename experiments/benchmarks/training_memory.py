@@ -5,9 +5,9 @@ program, so they do not depend on the machine's load; step and compile times are
 of interleaved rounds.
 
   remat        memory beside weights and optimizer, and step time, of each policy
-  lora         peak over (weights; adapter, its moments and gradient; activations): those
-               of full fine-tuning (its temporaries less its gradient), or, stricter,
-               only what waits for the backward pass and no layer's work in progress
+  lora         peak over (weights; adapter, its moments and gradient; activations). As
+               activations count those of full fine-tuning (its temporaries less its
+               gradient) or, stricter, what waits for the backward pass alone
   vocabulary   the same step at V = 8,192 and 128,256: memory beyond embedding and head
                (weights, moments and gradients)
   depth        compile time at 4 and 32 layers
