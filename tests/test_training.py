@@ -220,6 +220,37 @@ def test_schedule_warms_up_and_ends_at_its_floor():
   assert float(linear(5)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+  ('name', 'value', 'wanted'),
+  [
+    ('clip_norm', -1.0, 'at least 0'),  # would turn every gradient round
+    ('learning_rate', np.nan, 'at least 0'),
+    ('learning_rate', np.inf, 'at least 0, and finite'),
+    ('weight_decay', -0.1, 'at least 0'),
+    ('warmup_steps', -3, 'at least 0'),
+    ('warmup_ratio', 1.0, r'a number in \[0, 1\)'),
+    ('final_lr_ratio', 1.5, r'a number in \[0, 1\]'),
+    ('beta1', 1.0, r'a number in \[0, 1\)'),
+    ('beta2', -0.5, r'a number in \[0, 1\)'),
+    ('epsilon', 0.0, 'a positive number'),
+    ('lora_plus_ratio', np.inf, 'a positive number, and finite'),
+    ('lora_plus_ratio', 0.0, 'a positive number'),
+  ],
+)
+def test_numbers_that_no_optimizer_has_are_refused_by_their_flag(name, value, wanted):
+  with pytest.raises(ValueError, match=f'^--{name}={value}: want {wanted}'):
+    optimizer.OptimizerConfig(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+  config = optimizer.OptimizerConfig(
+    learning_rate=0.0, clip_norm=0.0, final_lr_ratio=1.0, beta1=0.0, weight_decay=0.0
+  )
+  assert dataclasses.replace(config, clip_norm=None).clip_norm is None
+  with pytest.raises(ValueError, match='--schedule=step: want one of constant, lin'):
+    dataclasses.replace(config, schedule='step')
+
+
 def test_adamw_leaves_norms_and_biases_undecayed():
   tx = optimizer.make_optimizer(
     optimizer.OptimizerConfig(weight_decay=0.5, clip_norm=0.0), lambda _: 0.1

@@ -166,14 +166,18 @@ def test_warmstart_goes_on_from_a_value_model(q_run, tmp_path):
   value.run(warm)
   first = json.loads((tmp_path / 'warm' / 'metrics.jsonl').read_text().splitlines()[0])
   assert first['loss'] < 0.3 < lines[0]['loss']
-  with pytest.raises(ValueError, match='warmstart wants a --model that is a value mod'):
+  with pytest.raises(ValueError, match='another one: pass --loss_type=bce as it has'):
     value.run(
       dataclasses.replace(warm, loss_type='mse', output_dir=str(tmp_path / 'x'))
     )
   with pytest.raises(ValueError, match=r'tiny-0\.2m has no value head'):
-    value.run(dataclasses.replace(warm, model='tiny-0.2m'))
+    value.run(
+      dataclasses.replace(warm, model='tiny-0.2m', output_dir=str(tmp_path / 'x'))
+    )
   with pytest.raises(ValueError, match='reuse takes the rows of a language-model head'):
-    value.run(dataclasses.replace(warm, init_mode='reuse'))
+    value.run(
+      dataclasses.replace(warm, init_mode='reuse', output_dir=str(tmp_path / 'x'))
+    )
   assert not (tmp_path / 'x').exists()
 
 
@@ -200,7 +204,7 @@ def test_problems_to_test_on_must_be_new(make_config):
   config = make_config()
   with pytest.raises(ValueError, match=r"problem 'p0' is in --data and in --eval_data"):
     value.run(dataclasses.replace(config, eval_data=config.data))
-  with pytest.raises(ValueError, match='no value record is left to train on, of 0'):
+  with pytest.raises(ValueError, match='--drop_no_variation leaves none of'):
     value.run(dataclasses.replace(config, drop_no_variation=True))
   with pytest.raises(
     ValueError, match=r'reward 0.1 gives the label -0.9, which is not'
@@ -222,6 +226,12 @@ def test_problems_to_test_on_must_be_new(make_config):
     ({'id_eval_ratio': 1.0}, '--id_eval_ratio=1.0'),
     ({'eval_max_size': 0}, '--eval_max_size=0'),
     ({'eval_every': 5}, '--eval_every=5 needs'),
+    ({'eta': 0.0}, '--eta=0.0: want a positive number'),
+    ({'shift_reward': math.inf}, '--shift_reward=inf: want a finite number'),
+    ({'scale_reward': 0.0}, '--scale_reward=0.0: want a finite number other than 0'),
+    ({'scale_reward': math.nan}, '--scale_reward=nan'),
+    ({'v_max': math.inf}, '--v_max=inf: want a finite number'),
+    ({'id_eval_ratio': math.nan}, '--id_eval_ratio=nan'),
   ],
 )
 def test_contradictory_flags_are_refused_at_once(make_config, changes, message):

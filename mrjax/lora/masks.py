@@ -37,7 +37,8 @@ def rules_named(name: str) -> tuple[Rule, ...]:
     return ((r'^layers/', int(match[1])), (r'^(final_norm|(lm|value)_head)/', True))
   if name not in PRESETS:
     raise ValueError(
-      f'trainable {name!r}: want one of {", ".join(PRESETS)}, last_layers:K.'
+      f'--trainable={name}: want one of {", ".join(PRESETS)}, last_layers:K, or '
+      'regex:PATTERN[;PATTERN...].'
     )
   return PRESETS[name]
 

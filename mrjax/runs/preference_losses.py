@@ -20,6 +20,7 @@ from mrjax.losses.tokens import chunked_next_token_logps, next_token_mask
 from mrjax.models.decoder import Decoder
 from mrjax.models.head import head_function
 from mrjax.training import step
+from mrjax.training.ranges import NOT_NEGATIVE, POSITIVE, Range, check_ranges
 
 PyTree = Any
 # Each loss, with the options that it has beside `beta`.
@@ -65,16 +66,24 @@ class LossConfig:
   def __post_init__(self):
     if self.loss not in LOSSES:
       raise ValueError(f'--loss={self.loss}: want one of {", ".join(LOSSES)}.')
-    if not self.beta > 0:
-      raise ValueError(f'--beta={self.beta}: want a positive number.')
-    if not 0 <= self.label_smoothing < 0.5:
+    check_ranges(
+      self,
+      {
+        'beta': POSITIVE,
+        'label_smoothing': Range('a number in [0, 0.5)', lambda x: 0 <= x < 0.5),
+        'sft_weight': NOT_NEGATIVE,
+        'gamma': NOT_NEGATIVE,
+        'desirable_weight': NOT_NEGATIVE,
+        'undesirable_weight': NOT_NEGATIVE,
+      },
+    )
+    if not (self.desirable_weight or self.undesirable_weight):
       raise ValueError(
-        f'--label_smoothing={self.label_smoothing}: want a number in [0, 0.5).'
+        '--desirable_weight=0 --undesirable_weight=0: want one of them above 0, else '
+        'nothing is learnt.'
       )
     for field in dataclasses.fields(LossConfig):
       value = getattr(self, field.name)
-      if field.name not in ('loss', 'beta') and value < 0:
-        raise ValueError(f'--{field.name}={value}: want at least 0.')
       users = [loss for loss, options in LOSSES.items() if field.name in options]
       if users and self.loss not in users and value != field.default:
         raise ValueError(

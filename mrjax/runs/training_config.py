@@ -11,6 +11,7 @@ from mrjax.models import quantized
 from mrjax.models.attention import BACKENDS
 from mrjax.models.remat import POLICIES as REMAT_POLICIES
 from mrjax.training import optimizer
+from mrjax.training.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,25 @@ class Config(optimizer.OptimizerConfig):
     for name in ('model', 'data', 'output_dir'):
       if not getattr(self, name):
         raise ValueError(f'--{name} is empty; it must be given.')
-    for name in ('max_length', 'batch_size', 'grad_accumulation', 'log_every'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'--{name}={getattr(self, name)}: want at least 1.')
-    if self.num_steps < 1 and self.num_epochs <= 0:
+    for name, least in (
+      ('max_length', 2),  # the first token of a text is never predicted
+      ('batch_size', 1),
+      ('grad_accumulation', 1),
+      ('log_every', 1),
+      ('num_steps', 0),
+      ('lora_rank', 0),
+    ):
+      if getattr(self, name) < least:
+        raise ValueError(f'--{name}={getattr(self, name)}: want at least {least}.')
+    check_ranges(
+      self,
+      {
+        'num_epochs': NOT_NEGATIVE,
+        'lora_alpha': POSITIVE,
+        'lora_dropout': BELOW_ONE,
+      },
+    )
+    if not self.num_steps and not self.num_epochs:
       raise ValueError('One of --num_steps and --num_epochs must be positive.')
     if self.batch_size % self.grad_accumulation:
       raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from mrjax.runs.value_steps import (
   make_loss_fn,
   make_prepare,
 )
+from mrjax.training.ranges import BELOW_ONE, FINITE, POSITIVE, Range, check_ranges
 
 INFERENCE_MODES = ('bernoulli', 'expectation')
 
@@ -75,8 +77,19 @@ class Config(training.Config, ValueHead):
         'Value models train all their weights: leave --lora_rank, --adapter, '
         '--quantize and --trainable out.'
       )
-    if not 0 <= self.id_eval_ratio < 1:
-      raise ValueError(f'--id_eval_ratio={self.id_eval_ratio}: want 0 <= ratio < 1.')
+    check_ranges(
+      self,
+      {
+        'v_min': FINITE,
+        'v_max': FINITE,
+        'eta': POSITIVE,
+        'shift_reward': FINITE,
+        'scale_reward': Range(
+          'a finite number other than 0', lambda x: math.isfinite(x) and x != 0
+        ),
+        'id_eval_ratio': BELOW_ONE,
+      },
+    )
     if self.eval_max_size < 1:
       raise ValueError(f'--eval_max_size={self.eval_max_size}: want at least 1.')
 
@@ -123,11 +136,8 @@ def run(config: Config) -> dict[str, Any]:
     source=stored or setup.source,
     decoder=setup.decoder.clone(num_value_outputs=head.num_outputs(vocab_size)),
   )
-  if config.init_mode == 'warmstart' and (stored is None or stored.head != head):
-    raise ValueError(
-      f'--init_mode=warmstart wants a --model that is a value model with {head}; '
-      f'{config.model} has {stored.head if stored else "no value head"}.'
-    )
+  if config.init_mode == 'warmstart':
+    _check_warmstart(config, stored.head if stored else None)
   if config.init_mode == 'reuse' and (head.classifier_type == 'V' or stored):
     if head.classifier_type == 'Q':
       raise ValueError(
@@ -167,6 +177,20 @@ def run(config: Config) -> dict[str, Any]:
     evaluate=evaluate,
     plan=plan,
   )
+
+
+def _check_warmstart(config: Config, stored: ValueHead | None) -> None:
+  if stored is None:
+    raise ValueError(
+      f'--init_mode=warmstart wants a --model that is a value model; {config.model} '
+      'has no value head.'
+    )
+  own, old = dataclasses.asdict(config.head), dataclasses.asdict(stored)
+  if changed := [f'--{name}={old[name]}' for name in old if own[name] != old[name]]:
+    raise ValueError(
+      f'--init_mode=warmstart goes on with the head of --model={config.model}, which '
+      f'is another one: pass {" ".join(changed)} as it has.'
+    )
 
 
 def _records(config: Config) -> dict[str, list[ValueRecord]]:

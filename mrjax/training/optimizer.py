@@ -6,6 +6,13 @@ import jax
 import optax
 
 from mrjax import trees
+from mrjax.training.ranges import (
+  BELOW_ONE,
+  NOT_NEGATIVE,
+  POSITIVE,
+  SHARE,
+  check_ranges,
+)
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 
@@ -29,12 +36,23 @@ class OptimizerConfig:
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
       raise ValueError(
-        f'schedule {self.schedule!r}: want one of {", ".join(SCHEDULES)}.'
+        f'--schedule={self.schedule}: want one of {", ".join(SCHEDULES)}.'
       )
-    if not 0 <= self.warmup_ratio < 1:
-      raise ValueError(f'warmup_ratio {self.warmup_ratio}: want 0 <= ratio < 1.')
-    if self.lora_plus_ratio <= 0:
-      raise ValueError(f'lora_plus_ratio {self.lora_plus_ratio}: want a ratio > 0.')
+    check_ranges(
+      self,
+      {
+        'learning_rate': NOT_NEGATIVE,
+        'warmup_steps': NOT_NEGATIVE,
+        'warmup_ratio': BELOW_ONE,
+        'final_lr_ratio': SHARE,
+        'beta1': BELOW_ONE,
+        'beta2': BELOW_ONE,
+        'epsilon': POSITIVE,
+        'weight_decay': NOT_NEGATIVE,
+        'clip_norm': NOT_NEGATIVE,
+        'lora_plus_ratio': POSITIVE,
+      },
+    )
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
