@@ -165,6 +165,7 @@ def test_a_non_finite_loss_names_its_records(model, tmp_path):
       )
     )
   assert 'Its records: arithmetic-train-' in caught.value.__notes__[0]
+  assert 'or --overwrite to begin anew' in caught.value.__notes__[0]
   found = json.loads((tmp_path / 'run' / 'non_finite.json').read_text())
   assert f'step {found["step"]} is' in str(caught.value)
   assert len(found['records']) >= 8

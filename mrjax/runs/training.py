@@ -308,6 +308,7 @@ def _name_records(
   error.add_note(
     f'Its records: {", ".join(names[:_NAMES_SHOWN])}'
     f'{f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""}; '
-    f'{path} has all of them. Lower --learning_rate, or look at them.'
+    f'{path} has all of them. Lower --learning_rate, or look at them; a changed '
+    'command needs another --output_dir, or --overwrite to begin anew.'
   )
   return error

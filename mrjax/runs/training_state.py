@@ -138,8 +138,9 @@ def plan_weights(
   chosen = {name for name, value in trees.flatten(mask).items() if value is not False}
   fixed = sorted(name for name in chosen if name.split('/')[-1] in LEAVES)
   if fixed:
+    kernel = f'{fixed[0].rpartition("/")[0]}/kernel'
     raise ValueError(
-      f'--quantize={quantize} stores {fixed[0]} in few bits, which cannot be trained. '
+      f'--quantize={quantize} stores {kernel} in few bits, which cannot be trained. '
       'Give --lora_rank, or a --trainable that leaves the kernels of the layers out.'
     )
   train_shapes, frozen_shapes = jax.eval_shape(lambda x: masks.split(x, mask), stored)
