@@ -324,6 +324,6 @@ def test_an_adapter_as_model_is_told_its_flag(base, trained, adapter, tmp_path):
     assert f'Pass --model={base} --adapter={name}.' in str(error.value)
   peft = to_peft(adapter, tmp_path / 'peft')
   for name in (adapter, peft):
-    with pytest.raises(CheckpointError, match=r'no model but .* Pass it as --adapter'):
+    with pytest.raises(CheckpointError, match=r'no model but .* it as --adapter'):
       sample.run(config(name, tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()

@@ -247,7 +247,9 @@ def test_names_and_regexes_name_targets_as_in_peft(tmp_path, changes):
     ({'target_modules': '('}, 'is no regex'),
     ({'target_modules': 5}, 'want a list of names or a regex'),
     ({'r': 0}, r'adapter_config.json: LoRA rank 0: want at least 1\.$'),
-    ({'r': None}, 'adapter_config.json'),
+    ({'r': None}, "adapter_config.json has no field 'r': give the directory as PEFT"),
+    ({'lora_alpha': None}, "adapter_config.json has no field 'lora_alpha'"),
+    ({'peft_type': None}, "adapter_config.json has no field 'peft_type'"),
   ],
 )
 def test_options_that_are_not_supported_are_refused_by_name(tmp_path, changes, message):
@@ -260,10 +262,17 @@ def test_options_that_are_not_supported_are_refused_by_name(tmp_path, changes, m
   'changes, message',
   [
     ({'r': 5}, r'layers.0.mlp.down_proj.lora_A.weight has shape \(4, 24\), want \(5,'),
-    ({'target_modules': ['v_proj']}, r'down_proj.lora_A.weight .* want \(not there\)'),
+    (
+      {'target_modules': ['v_proj']},
+      r'down_proj.lora_A.weight is in adapter_model.* but not in adapter_config',
+    ),
+    (
+      {'target_modules': ['c_attn']},
+      r"\['c_attn'\] names no linear map of this llama .* are q_proj, k_proj, v_proj",
+    ),
     (
       {'target_modules': ['v_proj', 'down_proj', 'q_proj']},
-      r'q_proj.lora_A.weight has shape \(not there\), want \(4, 16\)',
+      r'q_proj.lora_A.weight is in adapter_config.json but not in adapter_model',
     ),
     (
       {'target_modules': r'model\.layers\.[01]\.(self_attn\.v_proj|mlp\.down_proj)'},
@@ -360,6 +369,13 @@ def test_adapters_are_no_models_and_models_no_adapters(trained):
     resolve_model(str(tmp_path / 'a'))
   with pytest.raises(CheckpointError, match='holds no adapter but an mrjax model'):
     resolve_adapter(str(tmp_path / 'm'))
+  with CheckpointStore(tmp_path / 'whole', hf_dir=source.hf_dir) as store:
+    store.save(3, {'params': load(source)}, {})
+  export = convert_adapters.ExportConfig(
+    str(tmp_path / 'whole'), output_dir=str(tmp_path / 'out')
+  )
+  with pytest.raises(CheckpointError, match=r'no adapter: .*orbax_to_hf as --checkpoi'):
+    convert_adapters.export_peft(export)
 
 
 def fold(tmp_path, **changes):

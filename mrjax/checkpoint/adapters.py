@@ -127,7 +127,10 @@ def resolve_adapter(name: str) -> AdapterSource:
     facts = store.read_metadata(path)
     return _from_facts(name, facts, path.parents[1] / 'hf', path / store.ADAPTER)
   if (path / store.WHOLE).is_dir() or (path / store.PART).is_dir():
-    raise CheckpointError(f'{name} holds a model, no adapter. Pass --model={name}.')
+    raise CheckpointError(
+      f'{name} holds a model, no adapter: its run trained weights of the model itself. '
+      'Commands that want a model take it as --model (orbax_to_hf as --checkpoint).'
+    )
   raise FileNotFoundError(
     f'Adapter {name!r}: want a directory with {CONFIG} (PEFT), {orbax.MARKER} (an '
     'mrjax adapter), or hf/ and checkpoints/ (a training run).'

@@ -138,7 +138,8 @@ def read_marker(directory: Path, *, kind: str = 'model') -> dict[str, Any]:
     raise CheckpointError(f'{path} is damaged: {error!r}.') from None
   if {found, kind} == {'model', 'adapter'}:
     raise CheckpointError(
-      f'{directory} holds no {kind} but an mrjax {found}. Pass it as --{found}.'
+      f'{directory} holds no {kind} but an mrjax {found}. Commands that want one take '
+      f'it as --{found}.'
     )
   if found != kind or version != FORMAT_VERSION:
     raise CheckpointError(

@@ -126,7 +126,7 @@ def load_peft(
 
   Raises:
     AdapterError: Tensors too many, too few or of a wrong shape for `config`, for the
-      rank, or for target_modules (named).
+      rank, or for target_modules (named), which is of another family.
   """
   reader = SafetensorsReader(found.directory, file=WEIGHTS)
   modules = _check_tensors(found, config, reader)
@@ -252,14 +252,26 @@ def _check_tensors(
         f'{found.directory}: target_modules names {rules[0].hf} in layers '
         f'{[i for i in layers if hits[i]]} only; want all {config.num_layers}.'
       )
+  targets = f'target_modules {found.fields["target_modules"]}'
+  model = f'this {config.family} model of {config.num_layers} layers'
+  if not chosen:
+    maps = dict.fromkeys(rules[0].hf.split('.')[-2] for rules in _modules(config))
+    raise AdapterError(
+      f'{found.directory}: {targets} names no linear map of {model}; these are '
+      f'{", ".join(maps)}. Give the model that the adapter was trained on.'
+    )
   shapes = {name: spec.shape for name, spec in reader.specs.items()}
   for name in sorted(want.keys() | shapes.keys()):
-    if shapes.get(name) != want.get(name):
+    if name not in want or name not in shapes:
+      there, missing = (CONFIG, WEIGHTS) if name in want else (WEIGHTS, CONFIG)
       raise AdapterError(
-        f'{found.directory}: {name} has shape {shapes.get(name, "(not there)")}, want '
-        f'{want.get(name, "(not there)")} for rank {rank}, target_modules '
-        f'{found.fields["target_modules"]} and this {config.family} model of '
-        f'{config.num_layers} layers.'
+        f'{found.directory}: {name} is in {there} but not in {missing}, by {targets} '
+        f'and {model}. Give both files of one adapter, and the model it was trained on.'
+      )
+    if shapes[name] != want[name]:
+      raise AdapterError(
+        f'{found.directory}: {name} has shape {shapes[name]}, want {want[name]} for '
+        f'rank {rank} and {model}.'
       )
   return chosen
 

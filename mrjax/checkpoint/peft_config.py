@@ -34,13 +34,13 @@ def read_config(path: Path) -> dict[str, Any]:
   """
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
-    kind = fields['peft_type']
   except (FileNotFoundError, NotADirectoryError):
     raise FileNotFoundError(
       f'{path} does not exist; want a directory that PEFT saved.'
     ) from None
-  except (ValueError, KeyError, TypeError) as error:
-    raise AdapterError(f'{path} is damaged: {error!r}.') from None
+  except ValueError as error:
+    raise AdapterError(f'{path} is damaged: {error}.') from None
+  kind = _required(path, fields, 'peft_type')
   if kind != 'LORA':
     raise AdapterError(f'{path}: peft_type {kind!r} is not supported; want LORA.')
   if fields.get('init_lora_weights') not in _INITS:
@@ -55,6 +55,8 @@ def read_config(path: Path) -> dict[str, Any]:
         f'{path}: {name}={value!r} is not supported. Merge the adapter with PEFT '
         '(merge_and_unload) and use the merged model.'
       )
+  for name in ('r', 'lora_alpha'):
+    _required(path, fields, name)
   for name in ('target_modules', 'exclude_modules'):
     _check_modules(path, name, fields.get(name))
   if not fields.get('target_modules'):
@@ -68,7 +70,7 @@ def lora_config(
   """What the fields say of rank and scale, with the given targets.
 
   Raises:
-    AdapterError: A value that is missing or out of range.
+    AdapterError: A value out of range.
   """
   try:
     return LoraConfig(
@@ -78,7 +80,7 @@ def lora_config(
       rslora=bool(fields.get('use_rslora')),
       targets=targets,
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except (TypeError, ValueError) as error:
     raise AdapterError(f'{path}: {str(error).rstrip(".")}.') from None
 
 
@@ -130,6 +132,14 @@ def _is_named(names: str | list[str], module: str) -> bool:
   if isinstance(names, str):
     return re.fullmatch(names, module) is not None
   return any(module == name or module.endswith(f'.{name}') for name in names)
+
+
+def _required(path: Path, fields: Any, name: str) -> Any:
+  if not isinstance(fields, dict) or fields.get(name) is None:
+    raise AdapterError(
+      f'{path} has no field {name!r}: give the directory as PEFT saved it.'
+    )
+  return fields[name]
 
 
 def _check_modules(path: Path, name: str, value: Any) -> None:
