@@ -66,6 +66,51 @@ def test_fields_that_may_change_and_fields_that_are_new(tmp_path):
   resume(Later(rate=0.7), may_change={'rate'})
 
 
+def test_a_run_of_another_command_is_named_and_not_its_fields(tmp_path):
+  other = dataclasses.make_dataclass('Other', [('output_dir', str, '')], frozen=True)
+  other.__module__ = 'mrjax.runs.other'
+  path = common.prepare_output_dir(tmp_path / 'run', Config(), overwrite=False)
+  saved = json.loads((path / 'config.json').read_text())
+  saved['command'] = ['/somewhere/experiments/train_sft.py', '--rate=0.5']
+  (path / 'config.json').write_text(json.dumps(saved))
+  resume = functools.partial(
+    common.prepare_output_dir, path, overwrite=False, resume=True
+  )
+  with pytest.raises(OutputError, match='holds a run of another command, train_sft'):
+    resume(other())
+  del saved['run']  # as earlier versions wrote it
+  (path / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(OutputError, match=r'\(rate: was 0.5, now None\)'):
+    resume(other())
+
+
+def test_what_overwriting_costs_is_said_where_it_is_next_to_nothing(tmp_path):
+  path = common.prepare_output_dir(tmp_path / 'run', Config(), overwrite=False)
+  resume = lambda: common.prepare_output_dir(
+    path, Config(rate=0.7), overwrite=False, resume=True
+  )
+  (path / 'metrics.jsonl').touch()
+  (path / 'checkpoints' / '3.orbax-checkpoint-tmp').mkdir(parents=True)
+  with pytest.raises(OutputError, match='start again; it has no result yet, so no mor'):
+    resume()
+  (path / 'checkpoints' / '3').mkdir()
+  with pytest.raises(OutputError, match=r'start again\.$'):
+    resume()
+  (path / 'checkpoints' / '3').rmdir()
+  (path / 'reference').mkdir()  # computed at some cost
+  with pytest.raises(OutputError, match=r'start again\.$'):
+    resume()
+
+
+def test_settings_that_cannot_be_read_are_told_how_to_go_on(tmp_path):
+  path = common.prepare_output_dir(tmp_path / 'run', Config(), overwrite=False)
+  (path / 'config.json').write_text('{"config": ')
+  with pytest.raises(OutputError, match=r'config\.json is damaged\. .* --overwrite'):
+    common.prepare_output_dir(path, Config(), overwrite=False, resume=True)
+  common.prepare_output_dir(path, Config(), overwrite=True, resume=True)
+  assert json.loads((path / 'config.json').read_text())['config']['rate'] == 0.5
+
+
 def output_commands(output: Path, files: Path):
   """Every run that writes, with `output` as its output."""
   where, rows = str(output), str(files / 'rows.jsonl')

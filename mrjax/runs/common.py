@@ -26,6 +26,13 @@ _PACKAGES = (
 )
 
 
+# What a training run leaves that is no result: its settings, logs and side files.
+_NO_RESULTS = {
+  *('config.json', 'metrics.jsonl', 'tensorboard', 'wandb', 'profile', 'hf'),
+  *('checkpoints', 'non_finite.json', 'value_head.json'),
+}
+
+
 class OutputError(ValueError):
   """An output directory that is in use, or that another configuration made."""
 
@@ -53,8 +60,8 @@ def prepare_output_dir(
 
   Raises:
     OutputError: It cannot be made; it holds files and neither flag allows them; or it
-      is to be resumed and a field differs (both values are named). A field that an
-      earlier version did not know counts as its default there.
+      is to be resumed and is of another command, or a field differs (both values are
+      named). A field that an earlier version did not know counts as its default there.
   """
   if not str(path):
     raise OutputError('--output_dir is empty: name a directory for the results.')
@@ -76,10 +83,11 @@ def prepare_output_dir(
         f'{path} already holds files. Choose another --output_dir, or pass '
         '--overwrite to delete what is there.'
       )
-    _check_same(path, fields, _defaults(config), may_change)
+    _check_same(path, config, fields, may_change)
     return path
   make_folder(path, output=path)
-  write_json(path / 'config.json', {'config': fields} | environment())
+  about = {'config': fields, 'run': type(config).__module__}
+  write_json(path / 'config.json', about | environment())
   return path
 
 
@@ -241,8 +249,8 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 def _check_same(
   path: Path,
+  config: Any,
   fields: dict[str, Any],
-  defaults: dict[str, Any],
   may_change: Collection[str],
 ) -> None:
   config_path = path / 'config.json'
@@ -252,12 +260,20 @@ def _check_same(
       'another --output_dir.'
     )
   try:
-    recorded = json.loads(config_path.read_text(encoding='utf-8'))['config']
-    old = defaults | recorded
+    saved = json.loads(config_path.read_text(encoding='utf-8'))
+    old = _defaults(config) | saved['config']
   except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
     raise OutputError(
-      f'{config_path} is damaged. Choose another --output_dir.'
+      f'{config_path} is damaged. Choose another --output_dir, or pass --overwrite to '
+      'delete what is there.'
     ) from None
+  run = type(config).__module__
+  if saved.get('run', run) != run:  # earlier versions did not say
+    command = str((saved.get('command') or [saved['run']])[0])
+    raise OutputError(
+      f'{path} holds a run of another command, {Path(command).stem}. Choose another '
+      '--output_dir, or pass --overwrite to delete what is there.'
+    )
   # Where it runs may change.
   ignored = {'overwrite', 'output_dir', 'mesh', 'max_batch', *may_change}
   changed = [
@@ -268,8 +284,16 @@ def _check_same(
   if changed:
     raise OutputError(
       f'{path} holds a run with another configuration ({"; ".join(changed)}). Choose '
-      'another --output_dir, or pass --overwrite to start again.'
+      f'another --output_dir, or pass --overwrite to start again{_cost(path)}.'
     )
+
+
+def _cost(path: Path) -> str:
+  """What is added where starting again deletes nothing but settings and logs."""
+  saved = any(p.name.isdigit() for p in path.glob('checkpoints/*'))
+  if saved or any(p.name not in _NO_RESULTS for p in path.iterdir()):
+    return ''
+  return '; it has no result yet, so no more than its log is lost'
 
 
 def _git_commit() -> str | None:
