@@ -33,7 +33,7 @@ _FLAGS = (
   *training_flags.define(
     _D,
     data='Value records in JSON Lines: a file, directory or glob for each round, with '
-    'commas. --eval_data are records of other problems.',
+    'commas. --eval_data are records of other problems (eval_ood_... in the metrics).',
   ),
   flags.DEFINE_enum(
     'classifier_type',
@@ -84,7 +84,11 @@ _FLAGS = (
   flags.DEFINE_float('shift_reward', _D.shift_reward, 'Taken from every reward.'),
   flags.DEFINE_float('scale_reward', _D.scale_reward, 'Factor after the shift.'),
   flags.DEFINE_float(
-    'id_eval_ratio', _D.id_eval_ratio, 'Share of --data held out for evaluation.'
+    'id_eval_ratio',
+    _D.id_eval_ratio,
+    'Share of --data held out for evaluation (eval_id_... in the metrics). Its loss is '
+    'the evaluation loss of the last line and decides the best checkpoint; at 0, that '
+    'of --eval_data does.',
   ),
   flags.DEFINE_integer(
     'eval_max_size', _D.eval_max_size, 'Records of each evaluation, at most.'

@@ -54,7 +54,8 @@ def define(defaults: type[Config], *, data: str) -> Iterable[flags.FlagHolder[An
       'attention_backend',
       d.attention_backend,
       BACKENDS,
-      'auto: splash on TPUs, cudnn on GPUs, blocks on CPUs.',
+      'auto: splash on TPUs, cudnn on GPUs, blocks on CPUs, and reference for rows of '
+      'up to 128 tokens.',
     ),
     flags.DEFINE_integer(
       'loss_chunk',
@@ -152,7 +153,9 @@ def define(defaults: type[Config], *, data: str) -> Iterable[flags.FlagHolder[An
     flags.DEFINE_bool(
       'dry_run', False, 'Compile, print the memory plan, load and write nothing.'
     ),
-    flags.DEFINE_bool('overwrite', False, 'Delete what --output_dir holds.'),
+    flags.DEFINE_bool(
+      'overwrite', False, 'Delete what --output_dir holds and begin anew.'
+    ),
   )
 
 

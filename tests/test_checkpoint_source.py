@@ -47,6 +47,12 @@ def test_hf_directory(hf_dir):
   )
 
 
+def test_sizes_of_small_models_are_no_zeros(caplog):
+  with caplog.at_level('INFO'):
+    source.resolve_model('tiny-0.2m').load_params(one_device())
+  assert ': 0.45 MB of parameters, peak host memory ' in caplog.text  # 225,728 bfloat16
+
+
 def test_model_checkpoint(tmp_path, hf_dir):
   original = source.resolve_model(str(hf_dir))
   params = original.load_params(one_device())

@@ -88,10 +88,10 @@ def load_hf(
       leaves |= load_quantized(read, rule, config, quantize, shardings)
   params = trees.unflatten(leaves)
   logging.info(
-    'Loaded %s: %.3f GB of parameters, peak host memory %.3f GB.',
+    'Loaded %s: %s of parameters, peak host memory %s.',
     directory,
-    trees.num_bytes(params) / 1e9,
-    peak_host_bytes() / 1e9,
+    _size(trees.num_bytes(params)),
+    _size(peak_host_bytes()),
   )
   return params
 
@@ -105,6 +105,11 @@ def stored_dtypes(directory: str | Path, config: DecoderConfig) -> dict[str, str
   reader, _ = _open(directory, config)
   names = (*weights.hf_tensors(config), weights.TIED_HEAD)
   return {name: reader.specs[name].dtype for name in names if name in reader.specs}
+
+
+def _size(num_bytes: int) -> str:
+  large = num_bytes >= 1e8
+  return f'{num_bytes / 1e9:.3f} GB' if large else f'{num_bytes / 1e6:.2f} MB'
 
 
 def peak_host_bytes() -> int:
