@@ -22,7 +22,7 @@ CONFIG = DecoderConfig.from_hf(
     'architectures': ['LlamaForCausalLM'],
     'vocab_size': 40,
     'hidden_size': 16,
-    'intermediate_size': 26,
+    'intermediate_size': 28,
     'num_hidden_layers': 2,
     'num_attention_heads': 8,
     'num_key_value_heads': 4,

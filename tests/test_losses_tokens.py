@@ -241,7 +241,7 @@ CONFIG = {
   'architectures': ['Gemma2ForCausalLM'],
   'vocab_size': V,
   'hidden_size': 16,
-  'intermediate_size': 26,
+  'intermediate_size': 28,
   'num_hidden_layers': 1,
   'num_attention_heads': 4,
   'num_key_value_heads': 2,

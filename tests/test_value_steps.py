@@ -24,7 +24,7 @@ HF = {
   'architectures': ['LlamaForCausalLM'],
   'vocab_size': 32,
   'hidden_size': 16,
-  'intermediate_size': 26,
+  'intermediate_size': 28,
   'num_hidden_layers': 2,
   'num_attention_heads': 4,
   'num_key_value_heads': 2,
