@@ -99,6 +99,20 @@ def test_step_that_was_cut_short_is_passed_over(run_dir):
   assert found.params_dir == run_dir / 'checkpoints' / '12' / 'params'
 
 
+def test_a_damaged_step_names_the_one_before_it(run_dir):
+  for step, notes in ((12, ['Give the checkpoint before it instead']), (3, [])):
+    directory = run_dir / 'checkpoints' / str(step)
+    path = directory / 'params' / '_METADATA'
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(
+      CheckpointError, match=rf'{step}/params is no whole .* cut short, or no JSON\.'
+    ) as caught:
+      source.resolve_model(str(directory)).load_params(one_device())
+    found = getattr(caught.value, '__notes__', [])
+    assert [note.partition(':')[0] for note in found] == notes
+    assert all(note.endswith(f': {run_dir / "checkpoints" / "3"}.') for note in found)
+
+
 def test_embedded_model(tmp_path, monkeypatch):
   write_model(tmp_path / 'assets' / 'tiny-9m', num_files=1)
   write_model(tmp_path / 'assets' / 'tiny-0.2m', 'llama_tied')

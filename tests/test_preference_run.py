@@ -196,8 +196,19 @@ def test_a_cached_reference_of_other_weights_is_not_used(make_config):
   key = json.loads(path.with_suffix('.json').read_text())
   common.write_json(path.with_suffix('.json'), key | {'weights': '0' * 64})
   np.save(path, np.zeros_like(before))
+  shutil.rmtree(Path(config.output_dir) / 'checkpoints')
   preference.run(config)
   np.testing.assert_array_equal(np.load(path), before)
+
+
+@pytest.mark.parametrize('kind', ['precomputed', 'resident'])
+def test_a_finished_run_loads_no_reference(make_config, monkeypatch, kind):
+  config = make_config(reference=kind, num_steps=0, num_epochs=0.1)
+  steps = preference.run(config)['steps']
+  monkeypatch.setattr(reference.ReferencePolicy, 'load', None)
+  assert preference.run(config)['steps'] == steps
+  with pytest.raises(TypeError):  # there is something to do
+    preference.run(dataclasses.replace(config, overwrite=True))
 
 
 def test_a_second_model_is_the_same_in_memory_and_computed_before(make_config):

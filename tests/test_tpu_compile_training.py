@@ -26,7 +26,7 @@ from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.runs import preference_losses, sft, value_steps
 from mrjax.runs.preference_losses import ADAPTER_OFF, LossConfig, Policies
-from mrjax.runs.training_state import WeightPlan, plan_weights
+from mrjax.runs.weight_plan import WeightPlan, plan_weights
 from mrjax.sharding.mesh import BATCH_AXES, make_mesh
 from mrjax.sharding.rules import param_shardings
 from mrjax.training import optimizer, step

@@ -24,6 +24,7 @@ from mrjax import trees
 from mrjax.checkpoint import orbax, store
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.data.batches import TextBatches
+from mrjax.lora.adapters import AdapterError
 from mrjax.runs import common, sft, training, training_state
 
 
@@ -49,6 +50,12 @@ def copied(whole_run, tmp_path, **changes) -> sft.Config:
   """The finished run in another directory."""
   shutil.copytree(whole_run[0].output_dir, tmp_path / 'run')
   return dataclasses.replace(whole_run[0], output_dir=str(tmp_path / 'run'), **changes)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+  """Reading data fails: what is refused is refused before."""
+  monkeypatch.setattr(sft, 'load_sft_records', None)
 
 
 def steps(made: sft.Config) -> Path:
@@ -224,7 +231,13 @@ def test_an_adapter_trains_on_and_brings_its_rank_along(model, tmp_path, caplog)
   with pytest.raises(CheckpointError, match='with other weights than these'):
     more = dataclasses.replace(second, trainable='regex:lora_[ab]$;norm/scale$')
     sft.run(dataclasses.replace(more, model=other, output_dir=str(tmp_path / 'y')))
+  with pytest.MonkeyPatch.context() as patch:  # by shapes, before there are data
+    patch.setattr(sft, 'load_sft_records', None)
+    with pytest.raises(AdapterError, match=r'attn/q/lora_a has shape \(2, .* want \(3'):
+      small = dataclasses.replace(second, model='tiny-0.2m')
+      sft.run(dataclasses.replace(small, output_dir=str(tmp_path / 'z')))
   # Its dropout comes along too, and may be turned off.
+  second = dataclasses.replace(second, output_dir=str(tmp_path / 'none'))
   assert training.start(second).lora.dropout == 0.25
   without = dataclasses.replace(second, lora_dropout=0.0)
   assert training.start(without).decoder.lora_dropout == 0.0
@@ -371,10 +384,42 @@ def test_a_damaged_newest_checkpoint_is_found_and_the_one_before_offered(
   assert_same(weights_of(made.output_dir), weights_of(whole_run[0].output_dir))
 
 
-def test_resuming_from_a_step_that_is_not_there(whole_run, tmp_path):
-  made = copied(whole_run, tmp_path, resume_step=7)
-  with pytest.raises(CheckpointError, match=r'no checkpoint of step 7; it has \[1, 2'):
+@pytest.mark.parametrize(
+  ('damage', 'part'),
+  [(damage_numbers, ''), (damage_file, 'params'), (remove_metadata, '')],
+)
+def test_damage_to_the_last_checkpoint_of_a_finished_run_is_found(
+  whole_run, tmp_path, damage, part
+):
+  made = copied(whole_run, tmp_path)
+  last = {'steps': 4, 'checkpoint': str(steps(made) / '4')}
+  remove_part(steps(made) / '4')  # the optimizer's, which nothing needs any more
+  assert sft.run(made) == last
+  damage(steps(made) / '4' / part)
+  with pytest.raises(CheckpointError, match='checkpoints/4') as caught:
     sft.run(made)
+  assert caught.value.__notes__ == [
+    'The checkpoint before it is that of step 3: pass --resume_step=3 to go on from '
+    'there.'
+  ]
+
+
+def test_an_output_directory_is_looked_at_before_data(whole_run, tmp_path, no_data):
+  made = copied(whole_run, tmp_path)
+  (tmp_path / 'file').touch()
+  new = str(tmp_path / 'new')
+  for changes, message in (
+    ({'learning_rate': 0.5}, r'\(learning_rate: was 0.001, now 0.5\)'),
+    ({'resume_step': 7}, r'no checkpoint of step 7; it has \[1, 2, 3, 4\]'),
+    ({'resume_step': 7, 'output_dir': new}, r'no checkpoint of step 7; it has \[\]'),
+    ({'output_dir': str(tmp_path / 'file')}, 'is a file'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sft.run(dataclasses.replace(made, **changes))
+  (tmp_path / 'run' / 'config.json').write_text('{')
+  with pytest.raises(common.OutputError, match=r'config\.json is damaged'):
+    sft.run(made)
+  assert {path.name for path in tmp_path.iterdir()} == {'run', 'file'}
 
 
 def test_resuming_on_another_mesh_goes_on_with_the_same_numbers(whole_run, tmp_path):
@@ -447,6 +492,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     ({'adapter': 'runs/a', 'lora_alpha': 8.0}, 'leave --lora_alpha=8.0 out'),
     ({'adapter': 'runs/a', 'lora_rslora': True}, 'leave --lora_rslora=True out'),
     ({'adapter': 'runs/a', 'lora_targets': 'qv'}, 'leave --lora_targets=qv out'),
+    ({'overwrite': True, 'resume_step': 2}, '--overwrite deletes the run that'),
     ({'profile_steps': '4:6'}, '--profile_steps=4:6: want a FIRST below the 4 steps'),
   ],
 )
@@ -462,12 +508,21 @@ def test_contradictory_flags_are_refused_at_once(tmp_path, changes, message):
     ({'trainable': 'regex:nothing_has_this_name'}, 'No parameter is trainable'),
     ({'trainable': 'lora'}, 'No parameter is trainable'),
     ({'lora_rank': 4, 'lora_targets': 'q_proj'}, 'q_proj'),
-    ({'num_steps': 0, 'num_epochs': 2.0, 'profile_steps': '40:42'}, 'FIRST below the '),
+    ({'mesh': 'tensor:8'}, r'k/kernel \(2, 64, 2, 16\): dimension 2 .* divide over'),
   ],
 )
-def test_masks_that_do_not_fit_are_refused_before_anything_is_written(
-  model, tmp_path, changes, message
+def test_masks_that_do_not_fit_are_refused_before_data_are_read(
+  model, tmp_path, no_data, changes, message
 ):
   with pytest.raises(ValueError, match=message):
+    sft.run(make_config(model, tmp_path / 'run', **changes))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_profile_after_the_last_step_is_refused_before_anything_is_written(
+  model, tmp_path
+):
+  changes = {'num_steps': 0, 'num_epochs': 2.0, 'profile_steps': '40:42'}
+  with pytest.raises(ValueError, match='FIRST below the '):
     sft.run(make_config(model, tmp_path / 'run', **changes))
   assert not (tmp_path / 'run').exists()

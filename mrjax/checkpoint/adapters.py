@@ -24,9 +24,14 @@ from jax.sharding import Mesh
 
 from mrjax import trees
 from mrjax.checkpoint import orbax, store
-from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.directories import (
+  CheckpointError,
+  copy_side_files,
+  new_directory,
+  steps_of,
+)
 from mrjax.checkpoint.fingerprint import fingerprint
-from mrjax.checkpoint.peft import PeftAdapter, load_peft, read_peft
+from mrjax.checkpoint.peft import PeftAdapter, check_peft, load_peft, read_peft
 from mrjax.checkpoint.peft_config import CONFIG
 from mrjax.lora.adapters import LoraConfig, adapter_shapes, check_adapter
 from mrjax.models.config import DecoderConfig
@@ -83,6 +88,20 @@ class AdapterSource:
     )
     return orbax.load_tree(self.leaves_dir, like)
 
+  def check_fits(self, config: DecoderConfig) -> None:
+    """Holds names, ranks and shapes of the leaves against a model; loads none.
+
+    Raises:
+      AdapterError: It does not fit `config`.
+      CheckpointError: Damaged files.
+    """
+    if self.peft is not None:
+      check_peft(self.peft, config)
+      return
+    assert self.leaves_dir is not None
+    stored = orbax.tree_shapes(self.leaves_dir)
+    check_adapter(config, self.lora, trees.unflatten(stored), where=self.name)
+
   def check_base(self, params: PyTree) -> None:
     """Raises CheckpointError where the adapter is known to go on other weights.
 
@@ -119,10 +138,10 @@ def resolve_adapter(name: str) -> AdapterSource:
     facts = orbax.read_marker(path, kind='adapter')
     return _from_facts(name, facts, path / 'hf', path / store.ADAPTER)
   if (path / 'checkpoints').is_dir():
-    steps = [int(p.name) for p in (path / 'checkpoints').iterdir() if p.name.isdigit()]
+    steps = steps_of(path)
     if not steps:
       raise CheckpointError(f'{name} is a training run without a finished checkpoint.')
-    path = path / 'checkpoints' / str(max(steps))
+    path = path / 'checkpoints' / str(steps[-1])
   if (path / store.ADAPTER).is_dir():
     facts = store.read_metadata(path)
     return _from_facts(name, facts, path.parents[1] / 'hf', path / store.ADAPTER)

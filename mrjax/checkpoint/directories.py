@@ -1,4 +1,5 @@
-"""Output directories that appear whole or not at all, and the files they take over."""
+"""Output directories that appear whole or not at all, and the files they take over;
+which steps a run holds, and what to do about a damaged one."""
 
 import contextlib
 import os
@@ -19,6 +20,32 @@ _SIDE_FILES = (
 
 class CheckpointError(ValueError):
   """A checkpoint that is damaged, incomplete, or not the one that was asked for."""
+
+
+def steps_of(run_dir: str | Path) -> list[int]:
+  """Steps of a training run that have a checkpoint, ascending; none without a run."""
+  names = (path.name for path in (Path(run_dir) / 'checkpoints').glob('*'))
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def damaged(directory: Path, reason: str) -> CheckpointError:
+  """The error for a checkpoint that cannot be read, for the caller to raise.
+
+  Args:
+    directory: Of the checkpoint, or of one of its items. For a step of a training run
+      a note names the step before it, where there is one.
+    reason: What is wrong with it.
+  """
+  error = CheckpointError(f'{directory} {reason}.')
+  for path in (directory.absolute(), directory.absolute().parent):
+    if path.name.isdigit() and path.parent.name == 'checkpoints':
+      run_dir = path.parents[1]
+      earlier = [step for step in steps_of(run_dir) if step < int(path.name)]
+      if earlier:
+        error.add_note(
+          f'Give the checkpoint before it instead: {path.with_name(str(earlier[-1]))}.'
+        )
+  return error
 
 
 def copy_side_files(source: str | Path, destination: str | Path) -> list[str]:

@@ -19,7 +19,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from mrjax import trees
-from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.directories import (
+  CheckpointError,
+  copy_side_files,
+  damaged,
+  new_directory,
+)
 
 PyTree = Any
 MARKER = 'mrjax.json'
@@ -42,8 +47,8 @@ def tree_shapes(directory: Path) -> dict[str, jax.ShapeDtypeStruct]:
   try:
     metadata = ocp.StandardCheckpointHandler().metadata(directory.absolute())
   except (OSError, ValueError, KeyError) as error:
-    raise CheckpointError(
-      f'{directory} is no whole Orbax checkpoint: {first_line(error)}'
+    raise damaged(
+      directory, f'is no whole Orbax checkpoint: {first_line(error)}'
     ) from None
   leaves = jax.tree_util.tree_flatten_with_path(
     getattr(metadata, 'tree', metadata), is_leaf=lambda x: hasattr(x, 'shape')
@@ -79,9 +84,7 @@ def load_tree(directory: Path, like: PyTree) -> PyTree:
       # What Orbax cannot read of an array's chunks is a bare Exception.
       if type(error) is not Exception and not isinstance(error, OSError | ValueError):
         raise
-      raise CheckpointError(
-        f'{directory} cannot be read: {first_line(error)}'
-      ) from None
+      raise damaged(directory, f'cannot be read: {first_line(error)}') from None
 
 
 def save_model(
@@ -150,5 +153,8 @@ def read_marker(directory: Path, *, kind: str = 'model') -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-  """What an error of Orbax says, without the dump that follows it."""
-  return (str(error).splitlines() or [repr(error)])[0].split(' [tensorstore_spec')[0]
+  """What an error of Orbax says, without the dump that follows it and a full stop."""
+  if isinstance(error, json.JSONDecodeError):
+    return 'the description in it is cut short, or no JSON'
+  line = (str(error).splitlines() or [repr(error)])[0]
+  return line.split(' [tensorstore_spec')[0].rstrip('.')

@@ -113,6 +113,16 @@ def read_peft(directory: str | Path) -> PeftAdapter:
   )
 
 
+def check_peft(found: PeftAdapter, config: DecoderConfig) -> None:
+  """Holds an adapter's tensors against the decoder that it goes on; loads none.
+
+  Raises:
+    AdapterError: Tensors too many, too few or of a wrong shape for `config`, for the
+      rank, or for target_modules (named).
+  """
+  _check_tensors(found, config, SafetensorsReader(found.directory, file=WEIGHTS))
+
+
 def load_peft(
   found: PeftAdapter, config: DecoderConfig, mesh: Mesh, dtype: Any = None
 ) -> PyTree:
@@ -125,8 +135,7 @@ def load_peft(
     dtype: Dtype of the leaves; None keeps what is stored.
 
   Raises:
-    AdapterError: Tensors too many, too few or of a wrong shape for `config`, for the
-      rank, or for target_modules (named), which is of another family.
+    AdapterError: See `check_peft`.
   """
   reader = SafetensorsReader(found.directory, file=WEIGHTS)
   modules = _check_tensors(found, config, reader)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mrjax import trees
 from mrjax.checkpoint import orbax, weights
-from mrjax.checkpoint.directories import CheckpointError
+from mrjax.checkpoint.directories import CheckpointError, steps_of
 from mrjax.checkpoint.fingerprint import fingerprint
 from mrjax.checkpoint.hf import load_hf, stored_dtypes
 from mrjax.checkpoint.peft_config import CONFIG
@@ -194,10 +194,10 @@ def _from_directory(name: str, path: Path) -> ModelSource:
       name, path / 'hf', _config(path / 'hf'), path / 'params', facts.get('dtypes')
     )
   if (path / 'hf').is_dir() and (path / 'checkpoints').is_dir():
-    steps = [int(p.name) for p in (path / 'checkpoints').iterdir() if p.name.isdigit()]
+    steps = steps_of(path)
     if not steps:
       raise CheckpointError(f'{path} is a training run without a finished checkpoint.')
-    path = path / 'checkpoints' / str(max(steps))
+    path = path / 'checkpoints' / str(steps[-1])
   run = path.absolute().parent.parent
   if path.absolute().parent.name == 'checkpoints' and (run / 'hf').is_dir():
     return _from_step(name, path, run / 'hf')

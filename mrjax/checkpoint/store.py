@@ -24,7 +24,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mrjax import trees
-from mrjax.checkpoint.directories import CheckpointError, copy_side_files, new_directory
+from mrjax.checkpoint.directories import (
+  CheckpointError,
+  copy_side_files,
+  damaged,
+  new_directory,
+  steps_of,
+)
 from mrjax.checkpoint.fingerprint import checksums
 from mrjax.checkpoint.orbax import first_line, load_tree, tree_shapes
 
@@ -163,9 +169,7 @@ class CheckpointStore:
       for leaf, sum_ in checksums(tree).items():
         cast = trees.flatten(tree)[leaf].dtype != stored[leaf].dtype
         if not cast and sum_ != sums.get(name, {}).get(leaf, sum_):
-          raise CheckpointError(
-            f'{path} is damaged: {leaf} holds other numbers than were saved.'
-          )
+          raise damaged(path, f'is damaged: {leaf} holds other numbers than were saved')
     return trees_by_name
 
   def metadata(self, step: int) -> dict[str, Any]:
@@ -211,7 +215,22 @@ def read_metadata(directory: Path) -> dict[str, Any]:
   try:
     return dict(json.loads(path.read_text(encoding='utf-8')))
   except (OSError, ValueError, TypeError) as error:
-    raise CheckpointError(f'{directory} is damaged: {first_line(error)}.') from None
+    raise damaged(directory, f'is damaged: {first_line(error)}') from None
+
+
+def check_set_aside(run_dir: str | Path, *, after: int) -> None:
+  """Looks whether `set_aside` can do what it is asked for; changes nothing.
+
+  Raises:
+    CheckpointError: There is no checkpoint of step `after`, and it is not the step that
+      `set_aside` went back to last.
+  """
+  steps = steps_of(run_dir)
+  if after not in steps and set_aside_after(run_dir) != after:
+    raise CheckpointError(
+      f'{Path(run_dir) / "checkpoints"} has no checkpoint of step {after}; it has '
+      f'{steps}.'
+    )
 
 
 def set_aside(run_dir: str | Path, *, after: int) -> None:
@@ -221,26 +240,19 @@ def set_aside(run_dir: str | Path, *, after: int) -> None:
   changes nothing, so that a command that is run again goes on where it was stopped.
 
   Raises:
-    CheckpointError: There is no checkpoint of step `after`.
+    CheckpointError: See `check_set_aside`.
   """
-  directory = Path(run_dir) / 'checkpoints'
-  if set_aside_after(run_dir) == after:
-    steps = []
-  else:
-    steps = sorted(int(p.name) for p in directory.glob('*') if p.name.isdigit())
-    if after not in steps:
-      raise CheckpointError(
-        f'{directory} has no checkpoint of step {after}; it has {steps}.'
-      )
+  check_set_aside(run_dir, after=after)
+  is_done = set_aside_after(run_dir) == after
   if jax.process_count() > 1:  # all have looked before anything moves
     multihost_utils.sync_global_devices('mrjax set_aside begins')
-  if steps and jax.process_index() == 0:
+  if not is_done and jax.process_index() == 0:
     memory = _memory(run_dir)
     memory.parent.mkdir(exist_ok=True)
-    for step in reversed(steps[steps.index(after) + 1 :]):
+    for step in reversed([step for step in steps_of(run_dir) if step > after]):
       new = memory.parent / str(step)
       shutil.rmtree(new, ignore_errors=True)
-      os.rename(directory / str(step), new)
+      os.rename(Path(run_dir) / 'checkpoints' / str(step), new)
     scratch = memory.with_name('.after.json')
     scratch.write_text(json.dumps({'after': after}), encoding='utf-8')
     os.replace(scratch, memory)

@@ -63,32 +63,54 @@ def prepare_output_dir(
       is to be resumed and is of another command, or a field differs (both values are
       named). A field that an earlier version did not know counts as its default there.
   """
+  goes_on = check_output_dir(
+    path, config, overwrite=overwrite, resume=resume, facts=facts, may_change=may_change
+  )
+  path = Path(path)
+  if goes_on:
+    return path
+  if path.is_dir() and any(path.iterdir()):  # which may be deleted
+    shutil.rmtree(path)
+  make_folder(path, output=path)
+  about = {'config': _fields(config, facts), 'run': type(config).__module__}
+  write_json(path / 'config.json', about | environment())
+  return path
+
+
+def check_output_dir(
+  path: str | Path,
+  config: Any,
+  *,
+  overwrite: bool,
+  resume: bool = False,
+  facts: Mapping[str, Any] | None = None,
+  may_change: Collection[str] = (),
+) -> bool:
+  """Whether a directory holds a run to go on with; makes and deletes nothing.
+
+  Arguments and errors are those of `prepare_output_dir`.
+  """
   if not str(path):
     raise OutputError('--output_dir is empty: name a directory for the results.')
   path = Path(path)
-  used = path.is_dir() and any(path.iterdir())
-  if used and overwrite:
+  if not (path.is_dir() and any(path.iterdir())):
+    if obstacle := _obstacle(path):
+      raise OutputError(f'cannot write {path}: {obstacle}. Choose another output.')
+    return False
+  if overwrite:
     if not (path / 'config.json').is_file():
       raise OutputError(
         f'{path} was not made by mrjax (no config.json): not deleted. Choose another '
         '--output_dir.'
       )
-    shutil.rmtree(path)
-    used = False
-  everything = dataclasses.asdict(config) | dict(facts or {})
-  fields = json.loads(json.dumps(everything, default=str))
-  if used:
-    if not resume:
-      raise OutputError(
-        f'{path} already holds files. Choose another --output_dir, or pass '
-        '--overwrite to delete what is there.'
-      )
-    _check_same(path, config, fields, may_change)
-    return path
-  make_folder(path, output=path)
-  about = {'config': fields, 'run': type(config).__module__}
-  write_json(path / 'config.json', about | environment())
-  return path
+    return False
+  if not resume:
+    raise OutputError(
+      f'{path} already holds files. Choose another --output_dir, or pass '
+      '--overwrite to delete what is there.'
+    )
+  _check_same(path, config, _fields(config, facts), may_change)
+  return True
 
 
 def make_folder(folder: str | Path, *, output: str | Path) -> None:
@@ -101,12 +123,8 @@ def make_folder(folder: str | Path, *, output: str | Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    names = (str(name) for name in (folder, *folder.parents))
-    in_the_way = [n for n in names if os.path.lexists(n) and not os.path.isdir(n)]
-    reason = (
-      f'{in_the_way[0]} is a file, and a directory is needed there'
-      if in_the_way
-      else f'the directory {folder} cannot be made ({error.strerror})'
+    reason = _obstacle(folder) or (
+      f'the directory {folder} cannot be made ({error.strerror})'
     )
     raise OutputError(
       f'cannot write {output}: {reason}. Choose another output.'
@@ -234,6 +252,23 @@ def resolve_dtype(name: str):
   if name not in dtypes:
     raise ValueError(f'--dtype={name}: want auto, {" or ".join(dtypes)}.')
   return dtypes[name]
+
+
+def _obstacle(folder: Path) -> str:
+  """Why nothing can be written in a folder that is or will be; empty where it can."""
+  places = (folder, *folder.parents)
+  nearest = next((p for p in places if os.path.lexists(p)), Path())
+  if not nearest.is_dir():
+    return f'{nearest} is a file, and a directory is needed there'
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    return f'the directory {nearest} is not writable'
+  return ''
+
+
+def _fields(config: Any, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+  """What is recorded of a configuration, as JSON has it."""
+  everything = dataclasses.asdict(config) | dict(facts or {})
+  return dict(json.loads(json.dumps(everything, default=str)))
 
 
 def _defaults(config: Any) -> dict[str, Any]:

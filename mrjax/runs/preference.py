@@ -104,23 +104,27 @@ def run(config: Config) -> dict[str, Any]:
     See `training.train`; records are pairs, or KTO's completions.
   """
   setup = training.start(config)
-  data = {_TRAIN: _load(config, setup, config.data)}
-  if config.eval_data:
-    data[_EVAL] = _load(config, setup, config.eval_data)
   plan = training.make_plan(config, setup, row_length=_row_length(config))
   kind = config.reference_kind
   policies = Policies(setup.decoder, kind)
-  logps: dict[str, np.ndarray] = {}
-  constants = {}
+  found = None
   if kind in (RESIDENT, PRECOMPUTED):
     found = reference.find_reference(config, setup, config.reference_model)
+  data = {_TRAIN: _load(config, setup, config.data)}
+  if config.eval_data:
+    data[_EVAL] = _load(config, setup, config.eval_data)
+  logps: dict[str, np.ndarray] = {}
+  constants = {}
+  # What is finished needs no reference, which is a model to load.
+  unlabelled = lambda: _batches(config, data[_TRAIN], _TRAIN, {})
+  if found and not training.is_finished(config, unlabelled):
     if kind == RESIDENT:
       load = found.shapes if config.dry_run else found.load
       constants = {REFERENCE: load(setup.mesh)}
       policies = policies._replace(reference_decoder=found.decoder)
     else:
       config, logps = _precompute(config, setup, found, data)
-  batches = {name: _batches(config, found, name, logps) for name, found in data.items()}
+  batches = {name: _batches(config, units, name, logps) for name, units in data.items()}
   make = functools.partial(_make_step, config, policies)
   loss_fn, train_step, _ = make(batches[_TRAIN])
   evaluate = None

@@ -24,13 +24,16 @@ def run(config: Config) -> dict[str, Any]:
     See `training.train`.
   """
   setup = training.start(config)
+  plan = training.make_plan(config, setup)
   batches = _batches(config, setup, config.data)
   loss_fn = make_loss_fn(setup.decoder, chunk_size=config.loss_chunk or None)
   evaluate = None
   if config.eval_data:
     eval_batches = _batches(config, setup, config.eval_data)
     evaluate = training.make_evaluate(setup, loss_fn, eval_batches)
-  return training.train(config, setup, batches, loss_fn=loss_fn, evaluate=evaluate)
+  return training.train(
+    config, setup, batches, plan=plan, loss_fn=loss_fn, evaluate=evaluate
+  )
 
 
 def make_loss_fn(decoder: Decoder, *, chunk_size: int | None = None) -> step.LossFn:

@@ -4,8 +4,12 @@ A command encodes its records into `TextBatches`, makes a loss from `Setup.decod
 calls `train`:
 
     setup = training.start(config)
+    plan = training.make_plan(config, setup)
     batches = training.make_batches(config, units)
-    training.train(config, setup, batches, loss_fn=make_loss_fn(setup.decoder))
+    loss_fn = make_loss_fn(setup.decoder)
+    training.train(config, setup, batches, plan=plan, loss_fn=loss_fn)
+
+What is wrong with flags, directories and shapes is found before any data are read.
 """
 
 import functools
@@ -16,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mrjax.checkpoint.store import CheckpointStore, set_aside
 from mrjax.data.batches import TextBatches
@@ -24,10 +27,13 @@ from mrjax.data.sft import Example
 from mrjax.lora import masks
 from mrjax.runs import common, dry_run, training_state
 from mrjax.runs.training_config import Config
+from mrjax.runs.training_output import is_finished as is_finished
+from mrjax.runs.training_output import prepare_output as prepare_output
 from mrjax.runs.training_setup import Setup
-from mrjax.runs.training_setup import plan as make_plan
+from mrjax.runs.training_setup import make_plan as make_plan
 from mrjax.runs.training_setup import start as start  # commands call training.start
 from mrjax.runs.watch import TrainingWatch
+from mrjax.runs.weight_plan import WeightPlan
 from mrjax.sharding.rules import explain_sharding
 from mrjax.training import flops, loop, optimizer, step
 from mrjax.training.preemption import StopSignal
@@ -99,55 +105,35 @@ def make_evaluate(
   return evaluate
 
 
-def prepare_output(config: Config) -> Path:
-  """Makes the output directory, or finds that of a run that goes on; `train` does so.
-
-  Raises:
-    OutputError: See `common.prepare_output_dir`.
-  """
-  output_dir = Path(config.output_dir)
-  if jax.process_index() == 0:
-    common.prepare_output_dir(
-      output_dir,
-      config.recorded(),
-      overwrite=config.overwrite,
-      resume=True,
-      may_change=config.may_change,
-    )
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('mrjax output directory')
-  return output_dir
-
-
 def train(
   config: Config,
   setup: Setup,
   batches: TextBatches,
   *,
+  plan: WeightPlan,
   loss_fn: step.LossFn,
   weight: str = 'supervised_tokens',
   train_step: Callable[..., tuple[step.TrainState, dict]] = step.train_step,
   evaluate: Evaluate | None = None,
-  plan: training_state.WeightPlan | None = None,
   constants: Mapping[str, PyTree] | None = None,
   facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Trains and leaves a run directory.
 
   A run that was stopped goes on from its last checkpoint, with bit-identical results;
-  a finished one is left as it is. SIGTERM ends it after the step it is in, with a
-  checkpoint.
+  a finished one is left as it is, after a look whether its weights are whole. SIGTERM
+  ends it after the step it is in, with a checkpoint.
 
   Args:
     config: Of the run; recorded in the output directory.
     setup: What `start` gave.
     batches: Of the training data.
+    plan: What `make_plan` gave.
     loss_fn: Its `frozen` holds the weights that do not train, and `constants`.
     weight: What `metrics.jsonl` calls the weight of the loss.
     train_step: `step.train_step`, or what takes the same arguments.
     evaluate: Run every `eval_every` steps and before each checkpoint; the checkpoint
       with the least `loss` is never deleted.
-    plan: What `make_plan` gave, for who asked for it before; None: `train` does so.
     constants: Trees beside the weights, by names that no weight begins with. The loss
       takes them out before it merges what is left.
     facts: What else a checkpoint shall say about itself, for JSON.
@@ -170,7 +156,6 @@ def train(
     )
   schedule = optimizer.make_schedule(config, num_steps)
   tx = optimizer.make_optimizer(config, schedule)
-  plan = plan or make_plan(config, setup, row_length=batches.row_length)
   constants = dict(constants or {})
 
   def jit_step(shardings: step.TrainState):
@@ -198,6 +183,7 @@ def train(
   ):
     start = store.latest_step() or 0
     if start >= num_steps:
+      training_state.check_finished(plan, setup.mesh, store, start)
       logging.info('%s is finished: %d steps are done.', output_dir, start)
       return {'steps': start, 'checkpoint': str(store.path(start))}
     position = {

@@ -107,6 +107,11 @@ class Config(optimizer.OptimizerConfig):
       raise ValueError(
         f'--quantize={self.quantize}: want one of {", ".join(quantized.KINDS)}.'
       )
+    if self.overwrite and self.resume_step:
+      raise ValueError(
+        f'--overwrite deletes the run that --resume_step={self.resume_step} goes on '
+        'with: leave one of them out.'
+      )
     self._check_lora()
     if self.lora_plus_ratio != 1 and not self.has_adapter:
       raise ValueError('--lora_plus_ratio is for adapters; it needs --lora_rank.')

@@ -13,9 +13,11 @@ from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.lora.adapters import LoraConfig
 from mrjax.models.attention import choose_backend
 from mrjax.models.decoder import Decoder
-from mrjax.runs import common, training_state
+from mrjax.runs import common, weight_plan
 from mrjax.runs.training_config import Config
+from mrjax.runs.training_output import check_output
 from mrjax.sharding.mesh import batch_shards, make_mesh
+from mrjax.sharding.rules import param_shardings
 
 PyTree = Any
 
@@ -36,7 +38,7 @@ class Setup:
 
 
 def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
-  """Joins the processes of the run and finds its model; nothing is loaded yet.
+  """Joins the processes of the run and finds its model; nothing is loaded or written.
 
   Args:
     config: Of the run.
@@ -46,8 +48,11 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
     MeshError, ValueError: A mesh that does not fit the devices or the batch.
     FileNotFoundError, CheckpointError, ConfigError: See `resolve_model` and
       `resolve_adapter`.
+    AdapterError: An adapter that does not fit the model.
+    OutputError: See `check_output`.
   """
   common.start_processes()
+  check_output(config)
   mesh = make_mesh(config.mesh)
   _check_rows(config, mesh)
   source = resolve_model(config.model)
@@ -56,6 +61,7 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
   adapter = resolve_adapter(config.adapter) if config.adapter else None
   lora = config.lora
   if adapter:  # with its own dropout, unless another one is asked for
+    adapter.check_fits(source.config)
     lora = adapter.lora
     if config.lora_dropout is not None:
       lora = dataclasses.replace(lora, dropout=config.lora_dropout)
@@ -71,14 +77,14 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
   return Setup(mesh, source, tokenizer, decoder, lora, adapter)
 
 
-def plan(
+def make_plan(
   config: Config,
   setup: Setup,
   *,
   row_length: int = 0,
   prepare: Callable[[PyTree], PyTree] | None = None,
   head_outputs: int = 0,
-) -> training_state.WeightPlan:
+) -> weight_plan.WeightPlan:
   """What trains and how the rest is stored; nothing is loaded or written yet.
 
   Args:
@@ -90,10 +96,11 @@ def plan(
     head_outputs: Outputs of a value head that are computed for a token; 0: all.
 
   Raises:
-    ValueError: See `training_state.plan_weights`; an attention backend that cannot
+    ValueError: See `weight_plan.plan_weights`; an attention backend that cannot
       compute what is asked for.
+    MeshError: A dimension that does not divide over the mesh.
   """
-  found = training_state.plan_weights(
+  found = weight_plan.plan_weights(
     setup.source,
     rules=config.rules,
     lora=setup.lora,
@@ -102,6 +109,8 @@ def plan(
     prepare=prepare,
     head_outputs=head_outputs,
   )
+  for weights in (found.trainable, found.frozen):
+    param_shardings(weights, setup.mesh)  # raises where they cannot be split
   row_length = row_length or config.max_length
   decoder = setup.decoder
   backend = choose_backend(

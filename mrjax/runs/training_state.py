@@ -1,10 +1,11 @@
-"""What a training run begins with: weights, cut by the mask, and checkpoints."""
+"""What a training run begins with: loaded weights, or those of a checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,55 +13,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mrjax import trees
-from mrjax.checkpoint.adapters import AdapterSource
 from mrjax.checkpoint.directories import CheckpointError
 from mrjax.checkpoint.fingerprint import fingerprint, not_finite
-from mrjax.checkpoint.source import ModelSource
-from mrjax.checkpoint.store import (
-  ADAPTER,
-  PART,
-  WHOLE,
-  CheckpointStore,
-  set_aside_after,
-)
+from mrjax.checkpoint.store import CheckpointStore
 from mrjax.lora import masks
-from mrjax.lora.adapters import LORA_LEAF, LoraConfig, adapter_shapes, init_adapter
-from mrjax.models.quantized import LEAVES
+from mrjax.lora.adapters import init_adapter
 from mrjax.runs import common
-from mrjax.sharding.rules import born_sharded
+from mrjax.runs.training_output import way_back
+from mrjax.runs.weight_plan import WeightPlan
+from mrjax.sharding.rules import born_sharded, param_shardings
 from mrjax.training import step
-from mrjax.training.flops import StepFlops, step_flops
 
 PyTree = Any
-
-
-class WeightPlan(NamedTuple):
-  """The weights of a run, before any of them is loaded.
-
-  Attributes:
-    source: The model that is trained.
-    prepare: Changes its weights before they are cut by the mask.
-    lora: What the adapter on it is, where there is one.
-    adapter: Where that adapter comes from; None for a new one.
-    quantize: How the kernels of its layers are stored; empty: as they come.
-    mask: Of all weights and the adapter's.
-    trainable: Shapes of what trains, float32.
-    frozen: Shapes of the rest, as it is stored.
-    item: The name under which a checkpoint holds what trains.
-    flops: Operations of a step.
-  """
-
-  source: ModelSource
-  prepare: Callable[[PyTree], PyTree]
-  lora: LoraConfig | None
-  adapter: AdapterSource | None
-  quantize: str
-  mask: PyTree
-  trainable: PyTree
-  frozen: PyTree
-  item: str
-  flops: StepFlops
 
 
 class Begun(NamedTuple):
@@ -95,72 +59,6 @@ class Scores:
     if loss is not None and (self.best is None or loss < self.best['loss']):
       self.best = {'step': done, 'loss': loss}
     return {'eval_loss': loss, 'best': self.best}
-
-
-def plan_weights(
-  source: ModelSource,
-  *,
-  rules: Sequence[masks.Rule],
-  lora: LoraConfig | None = None,
-  adapter: AdapterSource | None = None,
-  quantize: str = '',
-  prepare: Callable[[PyTree], PyTree] | None = None,
-  head_outputs: int = 0,
-) -> WeightPlan:
-  """Decides what trains and how the rest is stored.
-
-  Args:
-    source: The model that is trained.
-    rules: Of the mask.
-    lora: What adapter to put on it.
-    adapter: Where that comes from; None for a new one.
-    quantize: One of `quantized.KINDS`, or empty.
-    prepare: Changes the loaded weights; used on shapes here.
-    head_outputs: As for `step_flops`.
-
-  Raises:
-    ValueError: A mask under which nothing trains, or which names quantised weights; an
-      adapter or a quantisation that does not fit the model.
-  """
-  prepare = prepare or (lambda params: params)
-  own = adapter_shapes(source.config, lora) if lora else {}
-
-  def all_shapes(dtype: Any, quantize: str) -> PyTree:
-    base = source.param_shapes(dtype, quantize=quantize)
-    return masks.merge(own, jax.eval_shape(prepare, base))
-
-  plain = all_shapes(jnp.float32, '')
-  flops = step_flops(
-    source.config, plain, masks.make_mask(plain, rules), head_outputs=head_outputs
-  )
-  stored = all_shapes(None, quantize)
-  mask = masks.make_mask(stored, rules)
-  chosen = {name for name, value in trees.flatten(mask).items() if value is not False}
-  fixed = sorted(name for name in chosen if name.split('/')[-1] in LEAVES)
-  if fixed:
-    kernel = f'{fixed[0].rpartition("/")[0]}/kernel'
-    raise ValueError(
-      f'--quantize={quantize} stores {kernel} in few bits, which cannot be trained. '
-      'Give --lora_rank, or a --trainable that leaves the kernels of the layers out.'
-    )
-  train_shapes, frozen_shapes = jax.eval_shape(lambda x: masks.split(x, mask), stored)
-  if not frozen_shapes:
-    item = WHOLE
-  else:
-    only_lora = all(LORA_LEAF.fullmatch(name) for name in chosen)
-    item = ADAPTER if only_lora and chosen == trees.flatten(own).keys() else PART
-  return WeightPlan(
-    source,
-    prepare,
-    lora,
-    adapter,
-    quantize,
-    mask,
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), train_shapes),
-    frozen_shapes,
-    item,
-    flops,
-  )
 
 
 def begin(
@@ -204,10 +102,10 @@ def begin(
     position['lora'] = dataclasses.asdict(plan.lora)
   if start:
     del params  # the saved ones take their place
-    try:
+    opt_shapes = jax.eval_shape(tx.init, plan.trainable)
+    with _naming_way_back(store, start):
       metadata = store.metadata(start)
       _check_position(store, metadata, position)
-      opt_shapes = jax.eval_shape(tx.init, plan.trainable)
       items = store.restore(
         start,
         {
@@ -215,9 +113,6 @@ def begin(
           'opt_state': _abstract(opt_shapes, shardings.opt_state),
         },
       )
-    except CheckpointError as error:
-      error.add_note(_way_back(store, start))
-      raise
     state = _state(start, items[plan.item], items['opt_state'], shardings)
     return Begun(state, frozen, position, metadata)
   if plan.lora:
@@ -227,6 +122,22 @@ def begin(
   params = jax.tree.map(_float32, params, shardings.params)
   opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
   return Begun(_state(start, params, opt_state, shardings), frozen, position, {})
+
+
+def check_finished(
+  plan: WeightPlan, mesh: Mesh, store: CheckpointStore, done: int
+) -> None:
+  """Looks whether what a finished run has trained is whole, by reading it.
+
+  The state of the optimizer, which nothing needs any more, is not looked at.
+
+  Raises:
+    CheckpointError: The checkpoint of step `done` is damaged; says how to go on from an
+      earlier one.
+  """
+  like = _abstract(plan.trainable, param_shardings(plan.trainable, mesh))
+  with _naming_way_back(store, done):
+    store.restore(done, {plan.item: like})
 
 
 def _load_base(plan: WeightPlan, mesh: Mesh) -> PyTree:
@@ -267,16 +178,15 @@ def _load_adapter(plan: WeightPlan, mesh: Mesh, base: PyTree, seed: int) -> PyTr
   return adapter
 
 
-def _way_back(store: CheckpointStore, damaged: int) -> str:
-  """How to go on where the checkpoint of step `damaged` cannot be used."""
-  earlier = max((step for step in store.steps() if step < damaged), default=0)
-  if not earlier:
-    return 'There is no earlier one: pass --overwrite to start again.'
-  text = f'The checkpoint before it is that of step {earlier}: '
-  run_dir = store.directory.parent
-  if set_aside_after(run_dir) == earlier:  # it would not be followed a second time
-    text += f'delete {run_dir / "set_aside"} and '
-  return f'{text}pass --resume_step={earlier} to go on from there.'
+@contextlib.contextmanager
+def _naming_way_back(store: CheckpointStore, done: int) -> Iterator[None]:
+  """Has an error about the checkpoint of step `done` say how to train on without it."""
+  try:
+    yield
+  except CheckpointError as error:
+    # In place of what is said to who wants to read the model.
+    error.__notes__ = [way_back(store.directory.parent, done)]
+    raise
 
 
 def _float32(x: jax.Array, sharding) -> jax.Array:

@@ -145,12 +145,6 @@ def run(config: Config) -> dict[str, Any]:
         f'{config.model} is a value model. Give --init_mode=warmstart or random.'
       )
     logging.info('A V head has no row to reuse: the backbone is, the head is random.')
-  batches = {
-    name: _batches(config, records, vocab_size, name=name)
-    for name, records in _records(config).items()
-  }
-  training_batches = batches.pop('train')
-  evaluate = make_evaluate(setup, head, batches) if batches else None
   plan = training.make_plan(
     config,
     setup,
@@ -163,6 +157,12 @@ def run(config: Config) -> dict[str, Any]:
     ),
     head_outputs=head.width,
   )
+  batches = {
+    name: _batches(config, records, vocab_size, name=name)
+    for name, records in _records(config).items()
+  }
+  training_batches = batches.pop('train')
+  evaluate = make_evaluate(setup, head, batches) if batches else None
   if not config.dry_run:
     training.prepare_output(config)
     if jax.process_index() == 0:
