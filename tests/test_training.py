@@ -33,7 +33,10 @@ CONFIG = DecoderConfig.from_hf(
     'head_dim': 6,
   }
 )
-MESHES = ('data:1', 'data:8', 'fsdp:8', 'fsdp:4,tensor:2', 'data:2,fsdp:2,tensor:2')
+MESHES = (
+  *('data:1', 'data:8', 'fsdp:8', 'data:2,fsdp:4'),
+  *('fsdp:4,tensor:2', 'data:2,fsdp:2,tensor:2'),
+)
 DECODER = Decoder(CONFIG)
 
 
@@ -89,8 +92,11 @@ def reference():
 
 
 @pytest.mark.parametrize('spec', MESHES[1:])
-def test_any_mesh_gives_the_same_loss_and_gradients(reference, spec):
+def test_any_mesh_gives_the_same_loss_and_gradients(reference, spec, capfd):
   state, metrics = run_step(spec, make_batch(1))
+  # XLA warns where it can only go from one layout to another over a whole copy.
+  if 'tensor' not in spec:
+    assert 'full rematerialization' not in capfd.readouterr().err
   assert metrics['loss'] == pytest.approx(reference[1]['loss'], rel=1e-6)
   assert metrics['weight'] == reference[1]['weight']
   jax.tree.map(
