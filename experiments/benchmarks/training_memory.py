@@ -150,13 +150,13 @@ def _of_lora() -> dict[str, dict[str, float]]:
       'activations_mb': (temporary - gradient) / 1e6,
       'waiting_mb': program.waiting_bytes / 1e6,
     }
-  lora = found['lora']
+  ours = found['lora']
   for kind, needed in (
     ('activations_of_full', found['full']['activations_mb']),
-    ('what_waits', lora['waiting_mb']),
+    ('what_waits', ours['waiting_mb']),
   ):
-    total = lora['held_and_gradient_mb'] + needed
-    lora[f'peak_to_held_and_{kind}'] = lora['peak_mb'] / total
+    total = ours['held_and_gradient_mb'] + needed
+    ours[f'peak_to_held_and_{kind}'] = ours['peak_mb'] / total
   return found
 
 
