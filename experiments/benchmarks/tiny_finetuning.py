@@ -3,7 +3,8 @@ r"""What fine-tuning does to an embedded model: full, LoRA, QLoRA; then DPO and 
 The model answers `arithmetic` as GSM8K does and has never seen a box. It learns to box
 its answers from solutions of `arithmetic:train?form=boxed`, in full, with LoRA and with
 QLoRA (NF4, folded into the full-precision weights for the evaluation). Preferences are
-its own right and wrong samples on other training problems; a part is held out.
+its own right samples over its wrong ones, which it tells apart by their likelihood
+before, and boxed solutions over plain ones, which it does not; a part is held out.
 
   python -m experiments.benchmarks.tiny_finetuning --directory=outputs/tiny \
     --output=tiny_finetuning.jsonl
@@ -14,7 +15,7 @@ Run again after it was stopped, it goes on.
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from absl import flags
 
 from experiments.benchmarks.figures import emit
 from mrjax.data.problems import load_problems
-from mrjax.data.prompts import render_prompt
+from mrjax.data.prompts import render_completion, render_prompt
 from mrjax.records import Record, read_jsonl, write_jsonl
 from mrjax.runs import cli, evaluate, preference, sft
 from mrjax.runs.common import environment
@@ -45,7 +46,9 @@ LOSSES: dict[str, dict[str, Any]] = {
   'dpo': {'loss': 'dpo', 'beta': 0.1, 'learning_rate': 1e-4, 'num_epochs': 2},
   'orpo': {'loss': 'orpo', 'beta': 0.5, 'learning_rate': 1e-4, 'num_epochs': 2},
 }
-PAIRS = 'arithmetic:train?size=6000&seed=1'
+PROBLEMS = 'arithmetic:train?size=6000&seed=1'
+NOT_BOXED = 'arithmetic:train?size=1200&seed=2'
+BOXED = f'{NOT_BOXED}&form=boxed'
 HELD_OUT = 4  # every fourth problem of them
 
 
@@ -60,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     num_train=_NUM_TRAIN.value,
     num_test=_NUM_TEST.value,
     boxed_accuracy=_compare_ways(root),
-    preferences=_compare_losses(root),
+    right_over_wrong=_compare_losses(root, 'right', _right_and_wrong(root)),
+    boxed_over_not=_compare_losses(root, 'boxed', _boxed_and_not()),
     versions=environment()['versions'],
   )
 
@@ -98,10 +102,35 @@ def _accuracy(directory: Path, model: str, adapter: str) -> dict[str, float]:
   return evaluate.run(config)['pass@1']
 
 
-def _compare_losses(root: Path) -> dict[str, Any]:
+def _compare_losses(root: Path, name: str, pairs: Sequence[Record]) -> dict[str, Any]:
+  """Evaluations on the held-out part of `pairs`, after training on the others."""
+  parts = {
+    'held_out': [pair for i, pair in enumerate(pairs) if i % HELD_OUT == 0],
+    'train': [pair for i, pair in enumerate(pairs) if i % HELD_OUT],
+  }
+  for part, records in parts.items():
+    write_jsonl(root / f'{name}_{part}.jsonl', records)
+  found: dict[str, Any] = {f'{part}_pairs': len(parts[part]) for part in parts}
+  for loss, options in LOSSES.items():
+    run = root / f'{name}_{loss}'
+    config = preference.Config(
+      model=_MODEL.value,
+      data=str(root / f'{name}_train.jsonl'),
+      eval_data=str(root / f'{name}_held_out.jsonl'),
+      max_length=512,
+      seed=_SEED.value,
+      output_dir=str(run),
+    )
+    preference.run(dataclasses.replace(config, **options))
+    found[loss] = _last_evaluation(run)
+  return found
+
+
+def _right_and_wrong(root: Path) -> list[Record]:
+  """A right and a wrong sample of the model for every problem that has both."""
   sampled = evaluate.Config(
     model=_MODEL.value,
-    data=PAIRS,
+    data=PROBLEMS,
     prompt_template=LAYOUT,
     num_samples=4,
     temperature=1.0,
@@ -109,34 +138,9 @@ def _compare_losses(root: Path) -> dict[str, Any]:
     output_dir=str(root / 'samples'),
   )
   evaluate.run(sampled)
-  pairs = _pairs(read_jsonl(root / 'samples' / 'graded.jsonl'))
-  parts = {
-    'held_out': [pair for i, pair in enumerate(pairs) if i % HELD_OUT == 0],
-    'train': [pair for i, pair in enumerate(pairs) if i % HELD_OUT],
-  }
-  for name, part in parts.items():
-    write_jsonl(root / f'{name}.jsonl', part)
-  found: dict[str, Any] = {f'{name}_pairs': len(part) for name, part in parts.items()}
-  for name, options in LOSSES.items():
-    run = root / f'preference_{name}'
-    config = preference.Config(
-      model=_MODEL.value,
-      data=str(root / 'train.jsonl'),
-      eval_data=str(root / 'held_out.jsonl'),
-      max_length=512,
-      seed=_SEED.value,
-      output_dir=str(run),
-    )
-    preference.run(dataclasses.replace(config, **options))
-    found[name] = _last_evaluation(run)
-  return found
-
-
-def _pairs(graded: Iterable[Record]) -> list[Record]:
-  """A right and a wrong sample of every problem that has both."""
-  prompts = {p.id: render_prompt(LAYOUT, p).text for p in load_problems(PAIRS)}
+  prompts = {p.id: render_prompt(LAYOUT, p).text for p in load_problems(PROBLEMS)}
   by_problem: dict[str, dict[bool, Record]] = defaultdict(dict)
-  for record in graded:
+  for record in read_jsonl(root / 'samples' / 'graded.jsonl'):
     by_problem[record['problem_id']].setdefault(record['correct'], record)
   return [
     {
@@ -146,6 +150,19 @@ def _pairs(graded: Iterable[Record]) -> list[Record]:
     }
     for problem_id, sides in by_problem.items()
     if len(sides) == 2
+  ]
+
+
+def _boxed_and_not() -> list[Record]:
+  """The solution of a problem with its answer in a box, and as the model writes it."""
+  ways = zip(load_problems(BOXED), load_problems(NOT_BOXED), strict=True)
+  return [
+    {
+      'prompt': render_prompt(LAYOUT, chosen).text,
+      'chosen': render_completion(LAYOUT, chosen),
+      'rejected': render_completion(LAYOUT, rejected),
+    }
+    for chosen, rejected in ways
   ]
 
 
