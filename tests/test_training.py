@@ -92,11 +92,8 @@ def reference():
 
 
 @pytest.mark.parametrize('spec', MESHES[1:])
-def test_any_mesh_gives_the_same_loss_and_gradients(reference, spec, capfd):
+def test_any_mesh_gives_the_same_loss_and_gradients(reference, spec):
   state, metrics = run_step(spec, make_batch(1))
-  # XLA warns where it can only go from one layout to another over a whole copy.
-  if 'tensor' not in spec:
-    assert 'full rematerialization' not in capfd.readouterr().err
   assert metrics['loss'] == pytest.approx(reference[1]['loss'], rel=1e-6)
   assert metrics['weight'] == reference[1]['weight']
   jax.tree.map(

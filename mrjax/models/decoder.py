@@ -210,16 +210,12 @@ class Decoder(nn.Module):
       segments_BT = jnp.ones_like(tokens_BT)
     if max_lengths_B is None:
       max_lengths_B = 1 + jnp.max(jnp.where(segments_BT > 0, positions_BT, -1), axis=1)
-    # The table is split by width over `fsdp`, and the rows of a batch are too: each
-    # device looks up its part of the width for the rows of all of them, and one
-    # exchange, of activations and not of the table, gives it its own rows whole.
-    tokens_BT = constrain(tokens_BT, 'data', None)
-    x_BTD = constrain(self.embed(tokens_BT), 'data', None, 'fsdp')
-    x_BTD = constrain(x_BTD, BATCH_AXES, None, None)
+    x_BTD = self.embed(tokens_BT)
     if c.scale_embeddings:
       # Rounded to the compute dtype first, as the released Gemma weights expect.
       x_BTD = x_BTD * jnp.asarray(c.hidden_size**0.5, self.dtype)
     cos, sin = rope_angles(positions_BT, c.rope, lengths_B=max_lengths_B)
+    x_BTD = constrain(x_BTD, BATCH_AXES, None, None)
     return x_BTD, LayerInputs(cos, sin, positions_BT, segments_BT)
 
 
