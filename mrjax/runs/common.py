@@ -25,7 +25,6 @@ _PACKAGES = (
   'transformers',
 )
 
-
 # What a training run leaves that is no result: its settings, logs and side files.
 _NO_RESULTS = {
   *('config.json', 'metrics.jsonl', 'tensorboard', 'wandb', 'profile', 'hf'),
@@ -45,6 +44,7 @@ def prepare_output_dir(
   resume: bool = False,
   facts: Mapping[str, Any] | None = None,
   may_change: Collection[str] = (),
+  check_only: bool = False,
 ) -> Path:
   """Makes an output directory and writes `config.json` into it.
 
@@ -57,60 +57,40 @@ def prepare_output_dir(
     facts: Recorded, and held against an earlier run, as the fields of `config` are.
     may_change: Fields that may differ from those of an earlier run, beside those that
       say where it runs.
+    check_only: Only look whether it could be made; make and delete nothing.
 
   Raises:
     OutputError: It cannot be made; it holds files and neither flag allows them; or it
       is to be resumed and is of another command, or a field differs (both values are
       named). A field that an earlier version did not know counts as its default there.
   """
-  goes_on = check_output_dir(
-    path, config, overwrite=overwrite, resume=resume, facts=facts, may_change=may_change
-  )
-  path = Path(path)
-  if goes_on:
-    return path
-  if path.is_dir() and any(path.iterdir()):  # which may be deleted
-    shutil.rmtree(path)
-  make_folder(path, output=path)
-  about = {'config': _fields(config, facts), 'run': type(config).__module__}
-  write_json(path / 'config.json', about | environment())
-  return path
-
-
-def check_output_dir(
-  path: str | Path,
-  config: Any,
-  *,
-  overwrite: bool,
-  resume: bool = False,
-  facts: Mapping[str, Any] | None = None,
-  may_change: Collection[str] = (),
-) -> bool:
-  """Whether a directory holds a run to go on with; makes and deletes nothing.
-
-  Arguments and errors are those of `prepare_output_dir`.
-  """
   if not str(path):
     raise OutputError('--output_dir is empty: name a directory for the results.')
   path = Path(path)
-  if not (path.is_dir() and any(path.iterdir())):
-    if obstacle := _obstacle(path):
-      raise OutputError(f'cannot write {path}: {obstacle}. Choose another output.')
-    return False
-  if overwrite:
+  fields = _fields(config, facts)
+  if path.is_dir() and any(path.iterdir()):
+    if not overwrite:
+      if not resume:
+        raise OutputError(
+          f'{path} already holds files. Choose another --output_dir, or pass '
+          '--overwrite to delete what is there.'
+        )
+      _check_same(path, config, fields, may_change)
+      return path
     if not (path / 'config.json').is_file():
       raise OutputError(
         f'{path} was not made by mrjax (no config.json): not deleted. Choose another '
         '--output_dir.'
       )
-    return False
-  if not resume:
-    raise OutputError(
-      f'{path} already holds files. Choose another --output_dir, or pass '
-      '--overwrite to delete what is there.'
-    )
-  _check_same(path, config, _fields(config, facts), may_change)
-  return True
+    if not check_only:
+      shutil.rmtree(path)
+  elif obstacle := _obstacle(path):
+    raise OutputError(f'cannot write {path}: {obstacle}. Choose another output.')
+  if not check_only:
+    make_folder(path, output=path)
+    about = {'config': fields, 'run': type(config).__module__}
+    write_json(path / 'config.json', about | environment())
+  return path
 
 
 def make_folder(folder: str | Path, *, output: str | Path) -> None:
@@ -161,57 +141,6 @@ def write_json(path: str | Path, value: Any) -> None:
   text = json.dumps(value, indent=2, ensure_ascii=False) + '\n'
   with records.replace_atomically(Path(path)) as file:
     file.write(text.encode('utf-8'))
-
-
-class MetricsLog:
-  """`metrics.jsonl` (always), TensorBoard and, where asked, Weights & Biases.
-
-  Lines of steps after `start_step`, which a run that was killed has written and now
-  does again, are dropped: every step stands in the file once.
-  """
-
-  def __init__(
-    self,
-    directory: Path,
-    *,
-    start_step: int = 0,
-    tensorboard: bool = False,
-    wandb: str = '',
-  ):
-    from tensorboardX import SummaryWriter
-
-    path = directory / 'metrics.jsonl'
-    with records.JsonlAppender(path):  # drops half a line
-      pass
-    if path.stat().st_size:
-      kept = [r for r in records.read_jsonl(path) if r['step'] <= start_step]
-      records.write_jsonl(path, kept)
-    self._file = records.JsonlAppender(path)
-    self._board = SummaryWriter(str(directory / 'tensorboard')) if tensorboard else None
-    self._wandb: Any = None
-    if wandb:
-      try:
-        import wandb as wandb_module
-      except ImportError:
-        raise ImportError(
-          'wandb is not installed: pip install "mrjax[wandb]", or drop --wandb_project.'
-        ) from None
-      self._wandb = wandb_module.init(project=wandb, dir=str(directory))
-
-  def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    self._file.append([{'step': step} | dict(metrics)])
-    if self._board:
-      for name, value in metrics.items():
-        self._board.add_scalar(name, value, step)
-    if self._wandb:
-      self._wandb.log(dict(metrics), step=step)
-
-  def close(self) -> None:
-    self._file.close()
-    if self._board:
-      self._board.close()
-    if self._wandb:
-      self._wandb.finish()
 
 
 def start_processes() -> None:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mrjax.data.batches import TextBatches
-from mrjax.runs.training_state import WeightPlan
+from mrjax.runs.weight_plan import WeightPlan
 from mrjax.sharding.mesh import BATCH_AXES
 from mrjax.sharding.rules import param_shardings
 from mrjax.training import step

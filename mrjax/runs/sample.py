@@ -17,6 +17,7 @@ from mrjax.data.prompts import render_prompt
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.records import JsonlAppender, Record
 from mrjax.runs import common
+from mrjax.runs.metrics_log import MetricsLog
 from mrjax.runs.progress import Progress
 from mrjax.runs.sample_shard import (
   Totals,
@@ -196,7 +197,7 @@ def _sample(
   )
   num_left = sum(request.num_samples for request in requests)
   first = jax.process_index() == 0
-  log = common.MetricsLog(Path(config.output_dir)) if first else None
+  log = MetricsLog(Path(config.output_dir)) if first else None
   with Progress(
     'sample', total=totals.rows + num_left, done=totals.rows, shown=first
   ) as progress:

@@ -22,13 +22,7 @@ def check_output(config: Config) -> None:
   """
   if config.dry_run or jax.process_index() != 0:
     return
-  common.check_output_dir(
-    config.output_dir,
-    config.recorded(),
-    overwrite=config.overwrite,
-    resume=True,
-    may_change=config.may_change,
-  )
+  _prepare(config, check_only=True)
   if config.resume_step:
     check_set_aside(config.output_dir, after=config.resume_step)
 
@@ -39,18 +33,22 @@ def prepare_output(config: Config) -> Path:
   Raises:
     OutputError: See `common.prepare_output_dir`.
   """
-  output_dir = Path(config.output_dir)
   if jax.process_index() == 0:
-    common.prepare_output_dir(
-      output_dir,
-      config.recorded(),
-      overwrite=config.overwrite,
-      resume=True,
-      may_change=config.may_change,
-    )
+    _prepare(config, check_only=False)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('mrjax output directory')
-  return output_dir
+  return Path(config.output_dir)
+
+
+def _prepare(config: Config, *, check_only: bool) -> None:
+  common.prepare_output_dir(
+    config.output_dir,
+    config.recorded(),
+    overwrite=config.overwrite,
+    resume=True,
+    may_change=config.may_change,
+    check_only=check_only,
+  )
 
 
 def is_finished(config: Config, make_batches: Callable[[], TextBatches]) -> bool:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mrjax.checkpoint.hf import peak_host_bytes
-from mrjax.runs.common import MetricsLog
+from mrjax.runs.metrics_log import MetricsLog
 from mrjax.training.flops import StepFlops
 
 _SUMMED = ('seconds', 'tokens', 'pairs', 'weight')  # over the steps of a line
