@@ -116,4 +116,4 @@ def _reason(errors: str) -> str:
   """The line that names an error, of all that a program said before it ended."""
   lines = [line.strip() for line in errors.splitlines() if line.strip()]
   named = [line for line in lines if re.match(r'(\w+\.)*\w*(Error|Exception)\b', line)]
-  return (named or lines or ['it ended without a word'])[-1]
+  return (named or lines or ['it ended without a word'])[-1].removeprefix('error: ')
