@@ -89,6 +89,7 @@ _OUTPUT = flags.DEFINE_string('output', '', 'JSON Lines file to append to.')
 _CONTENDER = flags.DEFINE_enum('contender', '', ['', 'mrjax'], 'Used by itself.')
 _JOB = flags.DEFINE_string('job', '', 'Used by itself: what is asked for.')
 
+_IDLE_CORES = 0.1  # what an idle machine does beside a turn
 GREEDY_1_PROMPTS, GREEDY_32_PROMPTS = 4, 32
 
 
@@ -165,6 +166,19 @@ def _measure(workload: str, jobs: dict[str, Job], directory: Path) -> dict[str, 
     'medians': medians,
     'ratios': _ratios(medians),
   }
+  others = {
+    name: max(turn['other_cores'] for turn in turns)
+    for name, turns in answers.items()
+    if 'other_cores' in turns[0]
+  }
+  if others:
+    figures['other_cores'] = others
+  if max(others.values(), default=0) > _IDLE_CORES:
+    print(
+      f'{workload}: something else kept {max(others.values()):.2f} cores busy during a '
+      'turn; these are no figures of an idle machine.',
+      flush=True,
+    )
   last = {name: turns[-1] for name, turns in answers.items()}
   if not jobs['mrjax'].temperature:
     figures['equal_rows'] = _equal_rows(last)

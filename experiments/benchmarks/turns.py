@@ -6,9 +6,11 @@ object; what else it prints is skipped.
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,14 @@ class Contender:
   def ask(self) -> dict[str, Any]:
     """Wakes it, hands it one line and returns its answer.
 
+    On Linux `other_cores` is added to it: how many cores worked for anybody else in
+    the meantime, on average.
+
     Raises:
       ContenderFailed: It ended instead.
     """
     assert self._process.stdin is not None and self._process.stdout is not None
+    start, before = time.perf_counter(), _others_cpu_seconds(self._process.pid)
     self._process.send_signal(signal.SIGCONT)
     with contextlib.suppress(BrokenPipeError):
       self._process.stdin.write('run\n')
@@ -59,7 +65,11 @@ class Contender:
     for line in self._process.stdout:
       if line.startswith('{'):
         self._process.send_signal(signal.SIGSTOP)
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        after = _others_cpu_seconds(self._process.pid)
+        if before is not None and after is not None:
+          answer['other_cores'] = (after - before) / (time.perf_counter() - start)
+        return answer
     raise ContenderFailed(_reason(self._log.read_text(encoding='utf-8')))
 
   def close(self) -> None:
@@ -110,6 +120,19 @@ def take_turns(
           failures[name] = str(failure)
           del answers[name]
   return answers, failures
+
+
+def _others_cpu_seconds(pid: int) -> float | None:
+  """CPU seconds of the machine so far, less those of one process; None off Linux."""
+  try:
+    machine = Path('/proc/stat').read_text(encoding='utf-8').split('\n', 1)[0].split()
+    own = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8').rpartition(')')[2]
+  except OSError:
+    return None
+  user, nice, system, _, _, irq, softirq, steal = map(int, machine[1:9])
+  ticks = user + nice + system + irq + softirq + steal
+  ticks -= sum(map(int, own.split()[11:13]))  # in user and in system mode
+  return ticks / os.sysconf('SC_CLK_TCK')
 
 
 def _reason(errors: str) -> str:
