@@ -32,6 +32,10 @@ def test_rows_at_once_are_those_of_the_prompts_handed_over_together():
   assert uneven.rows_at_once == 5
 
 
+def test_the_longest_prompt_and_the_longest_completion_fit():
+  assert Job('model', [[3] * 7, [4] * 2], [[1, 11], [5]], 2).max_length == 7 + 11
+
+
 def test_both_sides_of_shared_prompts_do_the_same_work():
   shared = sampling_jobs.shared_prefix('model', shared=True)
   unshared = sampling_jobs.shared_prefix('model', shared=False)

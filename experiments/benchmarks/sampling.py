@@ -265,6 +265,7 @@ def _equal_rows(answers: dict[str, dict[str, Any]]) -> dict[str, int]:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
   """Useful tokens a second and how much faster mrjax is, for the eye."""
   names = list(dict.fromkeys(n for r in rows for n in [*r['medians'], *r['failures']]))
+  names.sort(key=lambda name: not name.startswith('mrjax'))
   lines = [['useful tokens/s (mrjax over it)', *names], ['---'] * (1 + len(names))]
   for row in rows:
     cells = [row['workload']]
@@ -300,6 +301,7 @@ def _serve_mrjax(job: Job) -> None:
     source.load_params(mesh, dtype=jnp.float32),
     mesh,
     max_batch=_batch_size(job),
+    max_length=job.max_length,
   )
   requests = job.requests()
   for _ in sys.stdin:

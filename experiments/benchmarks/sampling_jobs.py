@@ -65,6 +65,11 @@ class Job:
     starts = range(0, len(rows), self.prompts_at_once)
     return max(sum(rows[start : start + self.prompts_at_once]) for start in starts)
 
+  @property
+  def max_length(self) -> int:
+    """Places that any row may need, prompt and new tokens."""
+    return max(map(len, self.prompts)) + max(map(max, self.lengths))
+
   def requests(self) -> list[Request]:
     """One a prompt for our engine, named by its number.
 
