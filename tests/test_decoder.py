@@ -1,11 +1,13 @@
 """The decoder's own equalities; those with transformers are in `test_parity.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrjax.models.cache import make_cache
+from mrjax.models.cache import Lanes, empty_cache, store
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder, unstack_layers
 
@@ -56,39 +58,91 @@ def test_value_model_and_language_model_share_the_backbone():
   np.testing.assert_array_equal(a, b)
 
 
-def test_several_tokens_at_once_decode_like_one_by_one():
-  decoder = Decoder(CONFIG, scan_layers=False)
-  params = unstack_layers(init(Decoder(CONFIG)), CONFIG.num_layers)
-  lengths, limits = jnp.array([4, 3]), jnp.array([10, 9])
-  _, prefix = decoder.apply(
+def start_rows(decoder, params, cache_dtype=jnp.float32):
+  """A cache with prompts of 3 and 2 tokens, in other slots than the first."""
+  lengths, limits = jnp.array([3, 2]), jnp.array([10, 9])
+  prefix = decoder.apply(
     {'params': params},
     TOKENS[:, :4],
     lengths_P=lengths,
     max_lengths_P=limits,
     method='prefill',
   )
-  cache = make_cache(CONFIG, prefix, prompt_lengths_P=lengths, num_rows=2, num_places=7)
-  new = TOKENS[:, 5:11]
+  cache = empty_cache(
+    CONFIG,
+    cache_dtype,
+    num_groups=2,
+    num_slots=3,
+    slot_places=64,
+    num_rows=2,
+    num_places=64,
+  )
+  slots = jnp.array([2, 1])
+  cache = cache.fill_slots(prefix, jnp.array([0, 1]), slots)
+  return cache, Lanes(slots, lengths, jnp.zeros(2, jnp.int32), limits)
 
-  def decode(cache, start, stop):
-    return decoder.apply(
-      {'params': params},
-      new[:, start:stop],
-      positions_BT=lengths[:, None] + jnp.arange(start, stop),
-      max_lengths_B=limits,
-      cache=cache,
-      method='decode',
+
+def one_more(lanes: Lanes) -> Lanes:
+  return lanes._replace(own_lengths_B=lanes.own_lengths_B + 1)
+
+
+@pytest.mark.parametrize('fixed_tiles', [False, True])
+def test_peeked_tokens_are_as_if_each_came_next_alone(fixed_tiles):
+  decoder = Decoder(CONFIG, scan_layers=False, fixed_tiles=fixed_tiles)
+  params = unstack_layers(init(Decoder(CONFIG)), CONFIG.num_layers)
+  decode, peek = (
+    jax.jit(functools.partial(decoder.apply, {'params': params}, method=method))
+    for method in ('decode', 'peek')
+  )
+  cache, lanes = start_rows(decoder, params)
+  for i in range(3):
+    _, cache = decode(TOKENS[:, 4 + i], lanes, cache)
+    lanes = one_more(lanes)
+  candidates_BT = jnp.array([[5, 1, 9, 5, 0], [3, 3, 2, 8, 7]])
+  outputs_BTV, kvs = peek(candidates_BT, lanes, cache)
+  for t in range(5):
+    expected_BV, after = decode(candidates_BT[:, t], lanes, cache)
+    np.testing.assert_allclose(outputs_BTV[:, t], expected_BV, atol=1e-5)
+    written = cache.write([(k[:, t], v[:, t]) for k, v in kvs], lanes)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-5), written, after
+    )
+    token_B = TOKENS[:, 8]
+    np.testing.assert_allclose(
+      decode(token_B, one_more(lanes), written)[0],
+      decode(token_B, one_more(lanes), after)[0],
+      atol=1e-5,
     )
 
-  first, once = decode(cache, 0, 2)
-  rest, once = decode(once, 2, 6)
-  together = jnp.concatenate([first, rest], axis=1)
-  single, step_cache = [], cache
-  for i in range(6):
-    logits, step_cache = decode(step_cache, i, i + 1)
-    single.append(logits[:, 0])
-  np.testing.assert_allclose(together, jnp.stack(single, axis=1), atol=1e-5)
-  np.testing.assert_array_equal(once.own_positions_BC, step_cache.own_positions_BC)
+
+def test_int8_keys_and_values_stay_within_half_a_step():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, 5, 7)) * rng.choice([1e-6, 1.0, 300.0], size=(3, 5, 1))
+  x[1, 2] = 0
+  stored = store(jnp.asarray(x, jnp.float32), jnp.dtype('int8'))
+  assert stored.values.dtype == jnp.int8 and stored.scales.dtype == jnp.float32
+  back = np.asarray(stored.values, np.float64) * np.asarray(stored.scales)[..., None]
+  step = np.abs(x).max(axis=-1, keepdims=True) / 127
+  assert (np.abs(back - x) <= 0.5001 * step).all()
+  assert not back[1, 2].any()
+
+
+@pytest.mark.parametrize('cache_dtype', [jnp.bfloat16, jnp.int8])
+def test_a_narrow_cache_changes_logits_little(cache_dtype):
+  decoder = Decoder(CONFIG, scan_layers=False)
+  params = unstack_layers(init(Decoder(CONFIG)), CONFIG.num_layers)
+  logits = []
+  for dtype in (jnp.float32, jnp.dtype(cache_dtype)):
+    cache, lanes = start_rows(decoder, params, dtype)
+    for i in range(4):
+      new, cache = decoder.apply(
+        {'params': params}, TOKENS[:, 4 + i], lanes, cache, method='decode'
+      )
+      lanes = one_more(lanes)
+      logits.append(new)
+  for wide, narrow in zip(logits[:4], logits[4:], strict=True):
+    error = np.abs(narrow - wide).max() / np.abs(wide).max()
+    assert 0 < error < 0.01
 
 
 def test_low_precision_gives_float32_logits():

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from mrjax.checkpoint.hf import load_hf
-from mrjax.models.cache import make_cache
+from mrjax.models.cache import Lanes, empty_cache
 from mrjax.models.config import DecoderConfig, RopeConfig, load_hf_config
 from mrjax.models.decoder import Decoder, unstack_layers
 from mrjax.sharding.mesh import make_mesh
@@ -288,42 +288,47 @@ def test_scanned_layers_equal_unrolled_ones(name, load):
   ],
 )
 def test_cached_decode_equals_full_forward(name, load):
-  """Two prompts of different length, three rows each, tokens fed two at once."""
+  """Two prompts of different length in one group, three rows each."""
   config, params = load(name)
   decoder = Decoder(config, scan_layers=False)
   variables = {'params': unstack_layers(params, config.num_layers)}
   lengths_P, num_new, num_rows = np.array([7, 4], np.int32), 6, 3
   prompts_PS = random_tokens(2, 7)
   new_BT = random_tokens(2 * num_rows, num_new)
-  lengths_B = np.repeat(lengths_P, num_rows)
+  slots_B = np.repeat(np.arange(2, dtype=np.int32), num_rows)
   max_lengths_P = lengths_P + num_new
 
-  logits, prefix = jax.jit(functools.partial(decoder.apply, method='prefill'))(
-    variables, prompts_PS, lengths_P=lengths_P, max_lengths_P=max_lengths_P
+  # All but the last token of a prompt is shared by its rows.
+  prefix = jax.jit(functools.partial(decoder.apply, method='prefill'))(
+    variables, prompts_PS, lengths_P=lengths_P - 1, max_lengths_P=max_lengths_P
   )
-  cache = make_cache(
+  cache = empty_cache(
     config,
-    prefix,
-    prompt_lengths_P=jnp.asarray(lengths_P),
+    jnp.float32,
+    num_groups=1,
+    num_slots=2,
+    slot_places=64,
     num_rows=2 * num_rows,
-    num_places=num_new + 3,
+    num_places=64,
   )
+  cache = cache.fill_slots(prefix, jnp.zeros(2, jnp.int32), jnp.arange(2))
   decode = jax.jit(functools.partial(decoder.apply, method='decode'))
-  got = [np.repeat(np.asarray(logits), num_rows, axis=0)[:, None]]
-  for start, stop in ((0, 2), (2, 4), (4, 6)):
-    logits, cache = decode(
-      variables,
-      new_BT[:, start:stop],
-      positions_BT=lengths_B[:, None] + np.arange(start, stop),
-      max_lengths_B=np.repeat(max_lengths_P, num_rows),
-      cache=cache,
+  lasts_B = prompts_PS[slots_B, lengths_P[slots_B] - 1]
+  got = []
+  for i, tokens_B in enumerate([lasts_B, *new_BT.T]):
+    lanes = Lanes(
+      slots_B,
+      lengths_P[slots_B] - 1,
+      np.full(2 * num_rows, i, np.int32),
+      max_lengths_P[slots_B],
     )
-    got.append(np.asarray(logits))
-  got = np.concatenate(got, axis=1)
+    logits_BV, cache = decode(variables, tokens_B, lanes, cache)
+    got.append(np.asarray(logits_BV))
+  got = np.stack(got, axis=1)
 
   for row in range(2 * num_rows):
-    length = lengths_B[row]
-    whole_1T = np.concatenate([prompts_PS[row // num_rows][:length], new_BT[row]])[None]
+    length = lengths_P[slots_B[row]]
+    whole_1T = np.concatenate([prompts_PS[slots_B[row]][:length], new_BT[row]])[None]
     want = torch_logits(name, whole_1T)[0, length - 1 :]
     assert np.abs(got[row] - want).max() < TOLERANCE
 

@@ -9,7 +9,7 @@ import pytest
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.data.tokenizer_training import train_bpe_tokenizer
 from mrjax.runs.stops import StopStrings
-from mrjax.sampling.engine import STEPS_BETWEEN_CHECKS
+from mrjax.sampling.engine import STEPS_A_DISPATCH
 from mrjax.sampling.requests import Request
 
 TEXT = (
@@ -112,7 +112,7 @@ def test_rows_end_where_a_scan_of_every_token_ends_them(name, tokenizers):
     ends, looked = StopStrings(stops, tokenizer), 0
     found = None
     while found is None and looked < len(row):
-      looked += min(rng.randrange(1, STEPS_BETWEEN_CHECKS + 1), len(row) - looked)
+      looked += min(rng.randrange(1, STEPS_A_DISPATCH + 1), len(row) - looked)
       found = ends.num_tokens_to_keep(request, row[:looked])
     assert found == expected, (stops, whole)
     if found is None:
@@ -144,7 +144,7 @@ def test_a_look_that_begins_inside_a_character_loses_nothing(tokenizers):
   request = Request('p', tuple(tokenizer.encode_prompt('Tom')))
   row = tokenizer.encode_prompt('😀' * 20 + '🎉🎂🎁', add_bos=False)
   end = len(row)
-  row += tokenizer.encode_prompt('a', add_bos=False)[-1:] * (STEPS_BETWEEN_CHECKS - 1)
+  row += tokenizer.encode_prompt('a', add_bos=False)[-1:] * (STEPS_A_DISPATCH - 1)
   ends = StopStrings(['🎉🎂🎁'], tokenizer)
   assert ends.num_tokens_to_keep(request, row[: end - 1]) is None
   assert ends.num_tokens_to_keep(request, row) == end

@@ -71,21 +71,13 @@ class Job:
     return max(map(len, self.prompts)) + max(map(max, self.lengths))
 
   def requests(self) -> list[Request]:
-    """One a prompt for our engine, named by its number.
-
-    Raises:
-      ValueError: Lengths differ within a prompt and the engine knows one a request.
-    """
+    """One a prompt for our engine, named by its number."""
     found = []
     for i, (ids, lengths) in enumerate(zip(self.prompts, self.lengths, strict=True)):
-      params: Any = tuple(
+      params = tuple(
         SamplingParams(self.temperature, self.top_p, max_new_tokens=length, seed=1)
         for length in lengths
       )
-      if len(set(params)) == 1:
-        params = params[0]
-      elif 'tuple' not in str(Request.__annotations__['params']):
-        raise ValueError('the engine takes one length a request')
       found.append(Request(str(i), tuple(ids), len(lengths), params))
     return found
 

@@ -7,7 +7,7 @@ backend here builds the boolean mask and runs everywhere.
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,17 @@ _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 NO_WINDOW = 1 << 30
 
 
+class Stored(NamedTuple):
+  """Keys or values as a cache holds them.
+
+  `values` are [..., S, H]. Where they are int8, `scales` are float32 [..., S], and a
+  stored vector stands for `values * scale`; otherwise there are none.
+  """
+
+  values: jax.Array
+  scales: jax.Array | None = None
+
+
 class KVPart(NamedTuple):
   """Cached keys and values of one stretch of text, for B rows or for B / n groups.
 
@@ -35,9 +46,9 @@ class KVPart(NamedTuple):
   p * n ... p * n + n - 1, and is read once for all of them.
   """
 
-  k_PKSH: jax.Array
-  v_PKSH: jax.Array
-  positions_PS: jax.Array  # int32; -1 marks a place that holds nothing
+  k: Stored  # [P, K, S, H]
+  v: Stored
+  positions_BS: jax.Array  # int32, as each row sees it; -1 marks what it does not see
 
 
 def attention(
@@ -161,9 +172,14 @@ def _on_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return run
-  rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, 'tensor', None)
+  # In a `shard_map` over rows each device has its own already.
+  left = set(mesh.axis_names) - set(mesh.manual_axes)
+  batch = tuple(axis for axis in BATCH_AXES if axis in left) or None
+  rows, heads = P(batch), P(batch, None, 'tensor', None)
   specs = heads, heads, heads, rows, P()
-  return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)
+  return jax.shard_map(
+    run, in_specs=specs, out_specs=heads, axis_names=left, check_vma=False
+  )
 
 
 def reference_attention(
@@ -194,62 +210,141 @@ def reference_attention(
   return out_BTKGH.reshape(B, T, N, H)
 
 
+TILE = 64  # places of a tile, of `fixed_tiles`
+
+
 def cached_attention(
   q_BTNH: jax.Array,
-  parts: Sequence[KVPart],
+  prefix: KVPart,
+  own: KVPart,
   *,
+  itself: tuple[jax.Array, jax.Array] | None = None,
   positions_BT: jax.Array,
   window: jax.Array | int,
   scale: float,
   softcap: float | None = None,
+  fixed_tiles: bool = False,
 ) -> jax.Array:
-  """Attention of T new tokens a row to everything in `parts`, [B, T, N, H].
+  """Attention of T new tokens a row to what is cached, [B, T, N, H].
 
-  The softmax runs over all parts together: each part gives its own maximum, sum and
-  weighted values, which are then merged exactly. Keys of the new tokens themselves
-  must already stand in one of the parts.
+  The softmax runs over all parts together: each gives its own maximum, sum and weighted
+  values, which are then merged exactly.
 
   Args:
     q_BTNH: Queries of the new tokens.
-    parts: The stretches of cache; each with B rows or a divisor of B (shared).
+    prefix: Text that rows share, with a divisor of B rows.
+    own: Text of each row alone, with B rows.
+    itself: Keys and values [B, T, K, H] of the new tokens, each of which then sees its
+      own; None where `own` holds them already.
     positions_BT: int32 positions of the new tokens; a key is seen when its position
       is not -1, not above the query's, and less than `window` below it.
     window: As for `attention`.
     scale: Multiplies q.k.
     softcap: As for `attention`.
+    fixed_tiles: Make products in tiles of `TILE` places, which the places of both parts
+      must be multiples of. The bits of a row then do not depend on the number of empty
+      places, nor on the slot that its prefix stands in.
   """
   B, T, N, H = q_BTNH.shape
-  merged = None
-  for part in parts:
-    P, K = part.k_PKSH.shape[:2]
-    n, G = B // P, N // K
-    q = q_BTNH.reshape(P, n, T, K, G, H).transpose(0, 3, 1, 4, 2, 5)
-    q = q.reshape(P, K, n * G * T, H)
-    scores = jnp.einsum(
-      'PKQH,PKSH->PKQS', q, part.k_PKSH, preferred_element_type=jnp.float32
-    )
-    scores = _cap(scores * scale, softcap).reshape(P, K, n, G, T, -1)
-    keys = part.positions_PS[:, None, None, None, None, :]
-    distance = positions_BT.reshape(P, 1, n, 1, T, 1) - keys
-    seen = (keys >= 0) & (distance >= 0) & (distance < window)
-    scores = jnp.where(seen, scores, _MASKED)
-    top = scores.max(axis=-1)
-    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
-    total = weights.sum(axis=-1)
-    weights = weights.reshape(P, K, n * G * T, -1).astype(part.v_PKSH.dtype)
-    out = jnp.einsum(
-      'PKQS,PKSH->PKQH', weights, part.v_PKSH, preferred_element_type=jnp.float32
-    )
-    # Back to one row a query: [B, K, G, T] and [B, K, G, T, H].
-    top, total = (x.transpose(0, 2, 1, 3, 4).reshape(B, K, G, T) for x in (top, total))
-    out = out.reshape(P, K, n, G, T, H).transpose(0, 2, 1, 3, 4, 5)
-    out = out.reshape(B, K, G, T, H)
-    merged = (top, total, out) if merged is None else _merge(merged, (top, total, out))
-  if merged is None:
-    raise ValueError('cached_attention was given no parts, want at least one.')
+  K = own.k.values.shape[1]
+  kwargs: dict[str, Any] = {
+    'positions_BT': positions_BT,
+    'window': window,
+    'scale': scale,
+    'softcap': softcap,
+    'tile': TILE if fixed_tiles else 0,
+  }
+  merged = _merge(
+    # A lone query would be a matrix-vector product, which sums in an order of its own.
+    _attend_to_part(q_BTNH, prefix, min_queries=2 if fixed_tiles else 1, **kwargs),
+    _attend_to_part(q_BTNH, own, min_queries=1, **kwargs),
+  )
+  if itself is not None:
+    k_BTKH, v_BTKH = itself
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(jnp.float32)
+    scores_BTKG = (q_BTKGH * k_BTKH[:, :, :, None].astype(jnp.float32)).sum(axis=-1)
+    top_BKGT = _cap(scores_BTKG * scale, softcap).transpose(0, 2, 3, 1)
+    v_BKGTH = jnp.broadcast_to(
+      v_BTKH.transpose(0, 2, 1, 3)[:, :, None], (B, K, N // K, T, H)
+    ).astype(jnp.float32)
+    merged = _merge(merged, (top_BKGT, jnp.ones_like(top_BKGT), v_BKGTH))
   _, total, out = merged
   out_BKGTH = out / total[..., None]
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _attend_to_part(
+  q_BTNH,
+  part: KVPart,
+  *,
+  positions_BT,
+  window,
+  scale,
+  softcap,
+  tile,
+  min_queries,
+):
+  """Maximum and sum [B, K, G, T] and weighted values [B, K, G, T, H] of one part."""
+  B, T, N, H = q_BTNH.shape
+  P, K, S = part.k.values.shape[:3]
+  n, G = B // P, N // K
+  Q = n * G * T
+  tile = tile or S
+  J = S // tile
+  k, v = (_split_places(stored, (P, K, J, tile)) for stored in (part.k, part.v))
+  q_PKQH = q_BTNH.reshape(P, n, T, K, G, H).transpose(0, 3, 1, 4, 2, 5)
+  q_PKQH = q_PKQH.reshape(P, K, Q, H)
+  keys_BS, now_BT1 = part.positions_BS, positions_BT[:, :, None]
+  distance_BTS = now_BT1 - keys_BS[:, None]
+  seen_BTS = (keys_BS[:, None] >= 0) & (distance_BTS >= 0) & (distance_BTS < window)
+  seen = seen_BTS.reshape(P, n, 1, T, J, tile).transpose(0, 4, 1, 2, 3, 5)
+  seen_PJQs = jnp.broadcast_to(seen, (P, J, n, G, T, tile)).reshape(P, J, Q, tile)
+
+  more = max(0, min_queries - Q)
+  q_PKQH = jnp.pad(q_PKQH, ((0, 0), (0, 0), (0, more), (0, 0)))
+  seen_PJQs = jnp.pad(seen_PJQs, ((0, 0), (0, 0), (0, more), (0, 0)))
+  scores = _tiled_scores(q_PKQH, k)
+  scores = jnp.where(seen_PJQs[:, None], _cap(scores * scale, softcap), _MASKED)
+  top_PKQ = scores.max(axis=(2, 4))
+  weights = jnp.exp(scores - top_PKQ[:, :, None, :, None])
+  weights = jnp.where(seen_PJQs[:, None], weights, 0.0)
+  total_PKQ = weights.sum(axis=-1).sum(axis=2)
+  if v.scales is not None:
+    weights = weights * v.scales[:, :, :, None]
+  out_PKJQH = jnp.einsum(
+    'PKJQs,PKJsH->PKJQH',
+    weights.astype(q_PKQH.dtype),
+    v.values.astype(q_PKQH.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  top_PKQ, total_PKQ, out_PKQH = (
+    x[:, :, :Q] for x in (top_PKQ, total_PKQ, out_PKJQH.sum(axis=2))
+  )
+  by_row = lambda x: (
+    x.reshape(P, K, n, G, T, *x.shape[3:])
+    .swapaxes(1, 2)
+    .reshape(B, K, G, T, *x.shape[3:])
+  )
+  return by_row(top_PKQ), by_row(total_PKQ), by_row(out_PKQH)
+
+
+def _split_places(stored: Stored, shape: tuple[int, int, int, int]) -> Stored:
+  values = stored.values.reshape(*shape, stored.values.shape[-1])
+  scales = None if stored.scales is None else stored.scales.reshape(shape)
+  return Stored(values, scales)
+
+
+def _tiled_scores(q_PKQH, k: Stored):
+  """q.k of every tile, float32 [P, K, J, Q, s]."""
+  P, K, J = k.values.shape[:3]
+  q_PKJQH = jnp.broadcast_to(q_PKQH[:, :, None], (P, K, J, *q_PKQH.shape[2:]))
+  scores = jnp.einsum(
+    'PKJQH,PKJsH->PKJQs',
+    q_PKJQH,
+    k.values.astype(q_PKQH.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return scores if k.scales is None else scores * k.scales[:, :, :, None]
 
 
 def _merge(a, b):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mrjax.models import remat
-from mrjax.models.attention import NO_WINDOW, KVPart
-from mrjax.models.cache import KVCache
+from mrjax.models.attention import NO_WINDOW
+from mrjax.models.cache import KVCache, Lanes
 from mrjax.models.config import DecoderConfig
 from mrjax.models.layers import (
   DecoderLayer,
@@ -44,6 +44,8 @@ class Decoder(nn.Module):
     lora_dropout: Share of adapter inputs dropped, in training; above 0, `apply` needs
       `rngs={'dropout': key}`.
     attention_backend: Of whole rows; see `attention.choose_backend`.
+    fixed_tiles: In decoding, make attention in tiles of fixed size: see
+      `attention.cached_attention`.
   """
 
   config: DecoderConfig
@@ -54,6 +56,7 @@ class Decoder(nn.Module):
   lora_scale: float | None = None
   lora_dropout: float = 0.0
   attention_backend: str = 'auto'
+  fixed_tiles: bool = False
 
   def setup(self):
     c = self.config
@@ -74,10 +77,11 @@ class Decoder(nn.Module):
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast),
         length=c.num_layers,
-      )(c, self.dtype, lora, self.attention_backend)
+      )(c, self.dtype, lora, self.attention_backend, self.fixed_tiles)
     else:
       self.layers = [
-        layer(c, self.dtype, lora, self.attention_backend) for _ in range(c.num_layers)
+        layer(c, self.dtype, lora, self.attention_backend, self.fixed_tiles)
+        for _ in range(c.num_layers)
       ]
     self.final_norm = RMSNorm(c, c.hidden_size, self.dtype)
     if self.num_value_outputs:
@@ -132,13 +136,12 @@ class Decoder(nn.Module):
 
     Args:
       tokens_PS: int32 prompts.
-      lengths_P: int32 number of real tokens of each, at least 1.
+      lengths_P: int32 number of real tokens of each.
       max_lengths_P: int32 tokens each row may reach with its completion (`longrope`
         chooses its factors by it).
 
     Returns:
-      Head outputs of each prompt's last token, float32 [P, V], and a pair (k, v) of
-      [P, K, S, H] for each layer.
+      A pair (k, v) of [P, K, S, H] for each layer.
     """
     places_S = jnp.arange(tokens_PS.shape[1])
     segments_PS = (places_S[None] < lengths_P[:, None]).astype(jnp.int32)
@@ -149,44 +152,46 @@ class Decoder(nn.Module):
     for layer, window in zip(self.layers, windows, strict=True):
       x, kv = layer.prefill(x, window, inputs)
       prefix.append(kv)
-    last_PD = jnp.take_along_axis(x, (lengths_P - 1)[:, None, None], axis=1)
-    return self.head(self.final_norm(last_PD))[:, 0], tuple(prefix)
+    return tuple(prefix)
 
   def decode(
-    self,
-    tokens_BT: jax.Array,
-    *,
-    positions_BT: jax.Array,
-    max_lengths_B,
-    cache: KVCache,
+    self, tokens_B: jax.Array, lanes: Lanes, cache: KVCache
   ) -> tuple[jax.Array, KVCache]:
-    """Head outputs of new tokens, float32 [B, T, V], and the cache with them in it.
+    """Head outputs of one new token a row, float32 [B, V], and the cache with it.
 
     Args:
-      tokens_BT: int32 next T tokens of each row.
-      positions_BT: Their int32 positions.
-      max_lengths_B: As for `prefill`, by row.
-      cache: Keys and values of all earlier tokens; T places from `index` are written.
+      tokens_B: int32 next token of each row.
+      lanes: Where its predecessors are; it is written at `lanes.own_lengths_B`.
+      cache: Keys and values of all earlier tokens.
     """
-    x, inputs = self._begin(tokens_BT, positions_BT, None, max_lengths_B)
-    own_positions_BC = jax.lax.dynamic_update_slice(
-      cache.own_positions_BC, positions_BT.astype(jnp.int32), (0, cache.index)
-    )
-    own_k, own_v = [], []
+    positions_B1 = (lanes.prefix_lengths_B + lanes.own_lengths_B)[:, None]
+    x, inputs = self._begin(tokens_B[:, None], positions_B1, None, lanes.max_lengths_B)
+    own = []
     for i, layer in enumerate(self.layers):
-      prefix = KVPart(cache.prefix_k[i], cache.prefix_v[i], cache.prefix_positions_PS)
-      own = KVPart(cache.own_k[i], cache.own_v[i], own_positions_BC)
       window = self.config.layer_windows[i] or NO_WINDOW
-      x, (k, v) = layer.decode(x, window, inputs, prefix, own, cache.index)
-      own_k.append(k)
-      own_v.append(v)
-    cache = cache.replace(
-      own_k=tuple(own_k),
-      own_v=tuple(own_v),
-      own_positions_BC=own_positions_BC,
-      index=cache.index + tokens_BT.shape[1],
-    )
-    return self.head(self.final_norm(x)), cache
+      x, kv = layer.decode(x, window, inputs, cache.layer(i, lanes))
+      own.append(kv)
+    own_k, own_v = zip(*own)
+    return self.head(self.final_norm(x))[:, 0], cache.replace(own_k=own_k, own_v=own_v)
+
+  def peek(self, tokens_BT: jax.Array, lanes: Lanes, cache: KVCache):
+    """Head outputs of T tokens a row that could each come next, [B, T, outputs].
+
+    Each token sees the cache and itself, as if it came next alone. Nothing is written.
+
+    Returns:
+      The outputs, and for each layer the keys and values of the tokens, a pair of
+      [B, T, K, H], with which `KVCache.write` goes on from one of them.
+    """
+    positions_B1 = (lanes.prefix_lengths_B + lanes.own_lengths_B)[:, None]
+    positions_BT = jnp.broadcast_to(positions_B1, tokens_BT.shape)
+    x, inputs = self._begin(tokens_BT, positions_BT, None, lanes.max_lengths_B)
+    kvs = []
+    for i, layer in enumerate(self.layers):
+      window = self.config.layer_windows[i] or NO_WINDOW
+      x, kv = layer.peek(x, window, inputs, cache.layer(i, lanes))
+      kvs.append(kv)
+    return self.head(self.final_norm(x)), tuple(kvs)
 
   def head(self, hidden_BTD: jax.Array) -> jax.Array:
     """Float32 outputs of the head for hidden states: logits, or raw values."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mrjax.models import products, quantized
-from mrjax.models.attention import NO_WINDOW, KVPart, attention, cached_attention
+from mrjax.models.attention import NO_WINDOW, attention, cached_attention
+from mrjax.models.cache import LayerCache
 from mrjax.models.config import DecoderConfig
 from mrjax.models.remat import LAYER_INPUT, PRODUCT
 from mrjax.models.rope import apply_rope
@@ -159,6 +160,7 @@ class Attention(nn.Module):
   dtype: Any
   lora: LoraSettings = LoraSettings()
   backend: str = 'auto'
+  fixed_tiles: bool = False
 
   def setup(self):
     c = self.config
@@ -198,28 +200,31 @@ class Attention(nn.Module):
     )
     return self.o(out_BTNH), (k_BTKH, v_BTKH)
 
-  def decode(
-    self, x_BTD, window, inputs: LayerInputs, prefix: KVPart, own: KVPart, index
-  ):
+  def decode(self, x_B1D, window, inputs: LayerInputs, cache: LayerCache):
+    """Attends to the cache and the new token, which the own part then holds."""
+    q_B1NH, k_B1KH, v_B1KH = self.project(x_B1D, inputs)
+    cache = cache.write(k_B1KH[:, 0], v_B1KH[:, 0])
+    out_B1NH = self._attend(q_B1NH, window, inputs, cache)
+    return self.o(out_B1NH), (cache.own_k, cache.own_v)
+
+  def peek(self, x_BTD, window, inputs: LayerInputs, cache: LayerCache):
+    """Attends with each token to the cache and to itself; the cache stays as it is."""
     q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, inputs)
-    start = (0, 0, index, 0)
-    own = own._replace(
-      k_PKSH=jax.lax.dynamic_update_slice(
-        own.k_PKSH, k_BTKH.swapaxes(1, 2).astype(own.k_PKSH.dtype), start
-      ),
-      v_PKSH=jax.lax.dynamic_update_slice(
-        own.v_PKSH, v_BTKH.swapaxes(1, 2).astype(own.v_PKSH.dtype), start
-      ),
-    )
-    out_BTNH = cached_attention(
+    out_BTNH = self._attend(q_BTNH, window, inputs, cache, (k_BTKH, v_BTKH))
+    return self.o(out_BTNH), (k_BTKH, v_BTKH)
+
+  def _attend(self, q_BTNH, window, inputs, cache: LayerCache, itself=None):
+    return cached_attention(
       q_BTNH,
-      (prefix, own),
+      cache.prefix_part(),
+      cache.own_part(),
+      itself=itself,
       positions_BT=inputs.positions_BT,
       window=window,
       scale=self.config.attention_scale,
       softcap=self.config.attention_softcap,
+      fixed_tiles=self.fixed_tiles,
     )
-    return self.o(out_BTNH), (own.k_PKSH, own.v_PKSH)
 
 
 class MLP(nn.Module):
@@ -249,6 +254,7 @@ class DecoderLayer(nn.Module):
   dtype: Any
   lora: LoraSettings = LoraSettings()
   attention_backend: str = 'auto'
+  fixed_tiles: bool = False
 
   def setup(self):
     c = self.config
@@ -256,7 +262,9 @@ class DecoderLayer(nn.Module):
     self.attn_norm, self.mlp_norm = norm(), norm()
     if c.post_norms:
       self.post_attn_norm, self.post_mlp_norm = norm(), norm()
-    self.attn = Attention(c, self.dtype, self.lora, self.attention_backend)
+    self.attn = Attention(
+      c, self.dtype, self.lora, self.attention_backend, self.fixed_tiles
+    )
     self.mlp = MLP(c, self.dtype, self.lora)
 
   def _finish(self, x_BTD, attended_BTD):
@@ -279,8 +287,10 @@ class DecoderLayer(nn.Module):
     kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return self._finish(x_BTD, attended_BTD), kv
 
-  def decode(self, x_BTD, window, inputs: LayerInputs, prefix, own, index):
-    attended_BTD, kv = self.attn.decode(
-      self.attn_norm(x_BTD), window, inputs, prefix, own, index
-    )
+  def decode(self, x_B1D, window, inputs: LayerInputs, cache: LayerCache):
+    attended_B1D, own = self.attn.decode(self.attn_norm(x_B1D), window, inputs, cache)
+    return self._finish(x_B1D, attended_B1D), own
+
+  def peek(self, x_BTD, window, inputs: LayerInputs, cache: LayerCache):
+    attended_BTD, kv = self.attn.peek(self.attn_norm(x_BTD), window, inputs, cache)
     return self._finish(x_BTD, attended_BTD), kv

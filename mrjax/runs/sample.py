@@ -92,8 +92,10 @@ def run(config: Config) -> dict[str, Any]:
 
   Returns:
     `output_dir`, `num_problems`, `num_rows`, `num_new_rows`, `num_tokens` (of all
-    rows), `mean_tokens`, `truncated` (share of rows cut by `max_new_tokens`) and, of
-    the new rows, `tokens_per_second`, `num_programs` and `compile_seconds`.
+    rows), `mean_tokens`, `truncated` (share of rows cut by `max_new_tokens`), `errors`
+    (rows ended by logits that were not finite) and, of the new rows,
+    `tokens_per_second`, `utilisation` (share of what the lanes did that gave tokens),
+    `num_programs` and `compile_seconds`.
 
   Raises:
     ValueError: What is asked cannot be done; before weights are loaded.
@@ -103,6 +105,7 @@ def run(config: Config) -> dict[str, Any]:
   source = model.source
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
   tokenizer.check_fits(source.config.vocab_size)
+  stops = StopStrings(config.stop, tokenizer) if config.stop else None
   requests = fit_requests(
     make_requests(config, tokenizer),
     source.config,
@@ -123,7 +126,7 @@ def run(config: Config) -> dict[str, Any]:
   check_shards(shard, count)
   with only_writer(shard), JsonlAppender(shard) as appender:
     return _run_shard(
-      config, model, mesh, tokenizer, requests[process::count], appender
+      config, model, mesh, tokenizer, stops, requests[process::count], appender
     )
 
 
@@ -145,6 +148,7 @@ def _run_shard(
   model: AdaptedModel,
   mesh: Mesh,
   tokenizer: Tokenizer,
+  stops: StopStrings | None,
   requests: Sequence[Request],
   appender: JsonlAppender,
 ) -> dict[str, Any]:
@@ -162,9 +166,10 @@ def _run_shard(
       max_batch=config.max_batch,
       donate_params=True,
     )
-    speed = _sample(config, engine, tokenizer, missing, appender, totals)
+    speed = _sample(config, engine, tokenizer, stops, missing, appender, totals)
     summary = {
       'tokens_per_second': speed,
+      'utilisation': engine.utilisation.share,
       'num_programs': engine.compiled.count,
       'compile_seconds': engine.compiled.seconds,
     }
@@ -178,6 +183,7 @@ def _run_shard(
     'num_tokens': totals.tokens,
     'mean_tokens': totals.tokens / max(totals.rows, 1),
     'truncated': totals.truncated / max(totals.rows, 1),
+    'errors': totals.errors,
   } | summary
 
 
@@ -185,13 +191,13 @@ def _sample(
   config: Config,
   engine: Engine,
   tokenizer: Tokenizer,
+  stops: StopStrings | None,
   requests: Sequence[Request],
   appender: JsonlAppender,
   totals: Totals,
 ) -> float:
   """Appends the rows of `requests` as they come; returns tokens a second."""
   prompts = {request.problem_id: request.prompt_ids for request in requests}
-  stops = StopStrings(config.stop, tokenizer) if config.stop else None
   batches = engine.generate_batches(
     requests, should_stop=stops.num_tokens_to_keep if stops else None
   )
@@ -224,14 +230,27 @@ def _sample(
             'tokens_per_second': progress.tokens_per_second,
             'mean_tokens': totals.tokens / totals.rows,
             'truncated': totals.truncated / totals.rows,
+            'utilisation': engine.utilisation.share,
             'compile_seconds': engine.compiled.seconds,
           },
         )
   if log:
     log.close()
   logging.info(
-    'Compiled %d programs in %.1f s.', engine.compiled.count, engine.compiled.seconds
+    'Compiled %d programs in %.1f s. %.1f%% of what lanes did gave tokens; the cache '
+    'took %.3f GB.',
+    engine.compiled.count,
+    engine.compiled.seconds,
+    100 * engine.utilisation.share,
+    engine.cache_bytes / 1e9,
   )
+  if totals.errors:
+    logging.warning(
+      '%d of %d rows ended with finish_reason "error": the model gave logits that are '
+      'not finite. Check its weights, or use --dtype=float32.',
+      totals.errors,
+      totals.rows,
+    )
   return progress.tokens_per_second
 
 

@@ -19,11 +19,13 @@ class Totals:
   rows: int = 0
   tokens: int = 0
   truncated: int = 0
+  errors: int = 0
 
   def add(self, record: Record) -> None:
     self.rows += 1
     self.tokens += record['num_tokens']
     self.truncated += record['finish_reason'] == 'length'
+    self.errors += record['finish_reason'] == 'error'
 
 
 def missing_requests(

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterable, Sequence
 
 from mrjax.data.tokenization import Tokenizer
-from mrjax.sampling.engine import STEPS_BETWEEN_CHECKS
+from mrjax.sampling.engine import STEPS_A_DISPATCH
 from mrjax.sampling.requests import Request
 
 _MAX_TOKENS_A_CHARACTER = 4  # a character of UTF-8 may come byte by byte
@@ -30,7 +30,7 @@ class StopStrings:
     self._stops = tuple(stops)
     self._tokenizer = tokenizer
     most_characters = max(map(len, stops)) + _MAX_LOST_CHARACTERS
-    self._window = STEPS_BETWEEN_CHECKS + _MAX_TOKENS_A_CHARACTER * most_characters
+    self._window = STEPS_A_DISPATCH + _MAX_TOKENS_A_CHARACTER * most_characters
 
   def num_tokens_to_keep(
     self, request: Request, token_ids: Sequence[int]
@@ -39,7 +39,7 @@ class StopStrings:
 
     Returns:
       None where no stop string ends within the last tokens; those before must have
-      been looked at already, as `Engine` does every `STEPS_BETWEEN_CHECKS` tokens.
+      been looked at already, as `Engine` does every `STEPS_A_DISPATCH` tokens.
     """
     first = max(0, len(token_ids) - self._window)
     before, recent = [*request.prompt_ids, *token_ids[:first]], token_ids[first:]

@@ -64,9 +64,29 @@ class CompiledPrograms:
           out_shardings=out_shardings(jax.eval_shape(fn, *args)),
           donate_argnums=donate_argnums,
         )
-        _PROGRAMS[key] = program.lower(*args).compile()
+        _PROGRAMS[key] = _compile(program.lower(*args), self._mesh)
         seconds = time.perf_counter() - began
         self.names.append(name)
         self.seconds += seconds
         logging.info('Program %d (%s) compiled in %.1f s.', self.count, name, seconds)
       return _PROGRAMS[key](*args)
+
+
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+  """Compiles a program so that a row has the same bits whatever runs beside it.
+
+  On a CPU, XLA hands products and reductions to another library from some size on, all
+  rows counted, and that library sums in another order.
+  """
+  if mesh.devices.flat[0].platform != 'cpu':
+    return lowered.compile()
+  try:
+    return lowered.compile({'xla_cpu_experimental_ynn_fusion_type': ''})
+  except jax.errors.JaxRuntimeError as error:
+    if 'No such compile option' not in str(error):
+      raise
+    logging.warning(
+      'This version of XLA chooses its CPU library by size: where tokens tie but for '
+      'rounding, rows can depend on how many run together.'
+    )
+    return lowered.compile()

@@ -2,21 +2,25 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mrjax import trees
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling import programs
-from mrjax.sampling.batches import Batch, place_buckets, plan_batches, prompt_bucket
 from mrjax.sampling.compiled import CompiledPrograms
+from mrjax.sampling.lanes import State
+from mrjax.sampling.plan import Layout, plan, text_bucket
 from mrjax.sampling.requests import Completion, Request, check_text, fit_requests
+from mrjax.sampling.schedule import Row, Schedule, Utilisation
+from mrjax.sampling.weights import split_layers
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, MeshError, batch_shards
 from mrjax.sharding.rules import param_shardings
 
@@ -24,8 +28,7 @@ from mrjax.sharding.rules import param_shardings
 # row ends there, else None.
 ShouldStop = Callable[[Request, Sequence[int]], int | None]
 
-STEPS_BETWEEN_CHECKS = 32  # of `ShouldStop`, which runs on the host
-_PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
+STEPS_A_DISPATCH = 32  # most; also between two calls of `ShouldStop`, on the host
 
 
 class Engine:
@@ -34,6 +37,8 @@ class Engine:
   Attributes:
     compiled: Number of programs compiled so far, and their compile time. Shapes come
       in a few buckets; sampling controls are data and never compile anything.
+    utilisation: Of the lanes, in the newest call of `generate`.
+    cache_bytes: Size of the key/value cache of that call, on all devices.
   """
 
   def __init__(
@@ -43,6 +48,7 @@ class Engine:
     mesh: Mesh,
     *,
     dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
     max_batch: int = 256,
     max_length: int | None = None,
     truncate_prompts: bool = False,
@@ -54,7 +60,8 @@ class Engine:
       config: The decoder's.
       params: Its parameters, layers stacked.
       mesh: Rows are split over its data and fsdp axes, heads over tensor.
-      dtype: Compute and cache dtype; matrices are stored in it too.
+      dtype: Compute dtype; matrices are stored in it too.
+      cache_dtype: Of keys and values, also int8; by default `dtype`.
       max_batch: Most rows that run together.
       max_length: Most tokens of a prompt with its completion; by default as many as
         the model has positions.
@@ -73,8 +80,16 @@ class Engine:
     self.truncate_prompts = truncate_prompts
     self._shards = batch_shards(mesh)
     check_mesh(config, mesh, max_batch=max_batch)
-    self._decoder = Decoder(config, dtype=dtype, scan_layers=False)
-    self._params = _split_layers(params, mesh, dtype=dtype, donate=donate_params)
+    self._cache_dtype = jnp.dtype(cache_dtype or dtype)
+    self._decoder = Decoder(
+      config,
+      dtype=dtype,
+      scan_layers=False,
+      # Costs accelerators time, and their products are not reproducible to the bit.
+      fixed_tiles=mesh.devices.flat[0].platform == 'cpu',
+    )
+    self._params = split_layers(params, mesh, dtype=dtype, donate=donate_params)
+    self.utilisation, self.cache_bytes = Utilisation(), 0
     self.compiled = CompiledPrograms(mesh, owner=(config, jnp.dtype(dtype)))
 
   def generate(
@@ -82,15 +97,16 @@ class Engine:
   ) -> Iterator[Completion]:
     """Yields every sample of every request once, in no promised order.
 
+    A row whose model gives logits that are not finite ends there, with reason `error`.
+
     Args:
       requests: All of them are checked before the first is served.
-      should_stop: Asked about every row at least every `STEPS_BETWEEN_CHECKS` tokens
+      should_stop: Asked about every row at least every `STEPS_A_DISPATCH` tokens
         and when it has ended; where it returns a number, at least 1, the row ends with
         that many tokens and reason `stop`.
 
     Raises:
       RequestError: A request the model cannot serve.
-      FloatingPointError: The model gave a log-probability that is not finite.
     """
     return itertools.chain.from_iterable(
       self.generate_batches(requests, should_stop=should_stop)
@@ -106,8 +122,7 @@ class Engine:
       max_length=self.max_length,
       truncate_prompts=self.truncate_prompts,
     )
-    batches = plan_batches(requests, max_rows=self.max_batch, shards=self._shards)
-    return (self._run_batch(batch, should_stop) for batch in batches)
+    return self._serve(requests, should_stop) if requests else iter(())
 
   def score(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Each text's log-probabilities, float32 [len(text)] in nats.
@@ -123,8 +138,10 @@ class Engine:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     scores: dict[int, np.ndarray] = {}
     while len(scores) < len(order):
-      bucket = prompt_bucket(len(texts[order[len(scores)]]))
-      most = min(self.max_batch // self._shards, max(1, _PREFILL_TOKENS // bucket))
+      bucket = text_bucket(len(texts[order[len(scores)]]))
+      most = min(
+        self.max_batch // self._shards, max(1, programs.PREFILL_TOKENS // bucket)
+      )
       needed = -(-len(order) // self._shards)
       size = self._shards * min(most, needed)
       chosen = order[len(scores) : len(scores) + size]
@@ -132,83 +149,106 @@ class Engine:
       scores.update(zip(chosen, results, strict=True))
     return [scores[i] for i in range(len(texts))]
 
-  def _run_batch(
-    self, batch: Batch, should_stop: ShouldStop | None
-  ) -> list[Completion]:
-    buckets = place_buckets(batch.max_new_tokens)
-    pauses = set(buckets)
-    if should_stop is not None:
-      pauses |= set(range(STEPS_BETWEEN_CHECKS, buckets[-1], STEPS_BETWEEN_CHECKS))
-    ends: dict[int, int | None] = {}  # what `should_stop` said of rows that ended
-    rows = self._put(batch.row_arrays())
-    state = self._start(batch, rows, buckets[0])
-    for until in sorted(pauses):
-      num_places = state.tokens_TB.shape[0]
-      if until > num_places:
-        state = self._grow(state, min(b for b in buckets if b >= until))
-      state = self._go_on(state, rows, until)
-      if should_stop is not None:
-        state = self._end_rows(state, batch, should_stop, ends)
-      if not jax.device_get(state.running_B).any():
-        break
-    return list(_completions(state, batch, ends))
-
-  def _end_rows(self, state, batch: Batch, should_stop: ShouldStop, ends):
-    """Asks `should_stop` about every row that had not ended before."""
-    tokens_TB, num_tokens_B, running_B = jax.device_get(
-      (state.tokens_TB, state.num_tokens_B, state.running_B)
+  def _serve(
+    self, requests: Sequence[Request], should_stop: ShouldStop | None
+  ) -> Iterator[list[Completion]]:
+    layout = plan(
+      requests,
+      max_lanes=self.max_batch // self._shards,
+      shards=self._shards,
+      may_stop=should_stop is not None,
     )
-    running_B = running_B.copy()
-    for row, request, _ in batch.rows():
-      if row in ends:
-        continue
-      keep = should_stop(request, tokens_TB[: num_tokens_B[row], row].tolist())
-      if keep is not None or not running_B[row]:
-        ends[row] = keep
-        running_B[row] = False
-    return state.replace(running_B=self._put(running_B))
+    schedule = Schedule(requests, layout, shards=self._shards)
+    num_lanes = self._shards * layout.lanes
+    lengths_B = np.zeros(num_lanes, np.int32)  # own places that are taken
+    state = self._empty_state(layout, schedule.num_stops)
+    places = layout.place_buckets[0]
+    ended = np.zeros(num_lanes, bool)  # by the host
+    self.utilisation = Utilisation()
+    self.cache_bytes = trees.num_bytes(state.cache)
+    while not schedule.done:
+      for prompts in schedule.next_prompts():
+        state = self._fill(state, prompts)
+      needed = min(int(lengths_B.max()) + STEPS_A_DISPATCH, layout.place_buckets[-1])
+      if (fit := min(c for c in layout.place_buckets if c >= needed)) != places:
+        state, places = self._resize(state, fit), fit
+        self.cache_bytes = max(self.cache_bytes, trees.num_bytes(state.cache))
+      most_idle = layout.lanes // 16 if schedule.waiting else layout.lanes
+      state, log = self._go_on(state, ended, most_idle)
+      log, lanes = jax.device_get((log, state.lanes))
+      self.utilisation.add(log.owners_TB)
+      rows, going = schedule.gather(log, lanes.running)
+      completions = []
+      for row in rows:
+        keep = should_stop(row.request, row.token_ids) if should_stop else None
+        schedule.end(row)
+        completions.append(_completion(row, keep))
+      ended = np.zeros(num_lanes, bool)
+      for lane, row in going:
+        keep = should_stop(row.request, row.token_ids) if should_stop else None
+        if keep is not None:
+          ended[lane] = True
+          schedule.end(row)
+          completions.append(_completion(row, keep))
+      lengths_B = np.where(lanes.running & ~ended, lanes.own_lengths, 0)
+      if completions:
+        yield completions
 
-  def _start(self, batch: Batch, rows: programs.Rows, num_places: int):
-    per_device = batch.num_groups // self._shards
-    num_blocks = -(-per_device * batch.prompt_bucket // _PREFILL_TOKENS)
-    while per_device % num_blocks:
-      num_blocks += 1
+  def _empty_state(self, layout: Layout, num_stops: int) -> State:
+    make = functools.partial(
+      programs.empty_state,
+      self.config,
+      self._cache_dtype,
+      layout,
+      num_places=layout.place_buckets[0],
+      shards=self._shards,
+      num_stops=num_stops,
+    )
     return self.compiled.call(
-      f'prefill in {num_blocks} blocks, {num_places} places',
-      functools.partial(
-        programs.start, self._decoder, num_places=num_places, num_blocks=num_blocks
-      ),
-      self._params,
-      self._put(batch.prompt_array()),
-      rows,
+      f'empty {layout} for {num_stops} stop ids in {self._cache_dtype}',
+      make,
       out_shardings=self._state_shardings,
     )
 
-  def _go_on(self, state, rows: programs.Rows, until: int):
+  def _fill(self, state: State, prompts: programs.Prompts) -> State:
     return self.compiled.call(
-      'decode',
-      functools.partial(programs.go_on, self._decoder),
+      'fill',
+      programs.fill_program(self._decoder, self.mesh),
       self._params,
       state,
-      rows,
-      np.int32(until),
+      self._put(prompts),
       out_shardings=self._state_shardings,
       donate_argnums=(1,),
     )
 
-  def _grow(self, state, num_places: int):
+  def _go_on(self, state: State, ended_B: np.ndarray, most_idle: int):
     return self.compiled.call(
-      f'grow to {num_places} places',
-      functools.partial(programs.grow, num_places=num_places),
+      'decode',
+      programs.decode_program(self._decoder, self.mesh, num_steps=STEPS_A_DISPATCH),
+      self._params,
+      state,
+      self._put(ended_B),
+      self._put(np.full(self._shards, most_idle, np.int32)),
+      out_shardings=lambda out: (
+        self._state_shardings(out[0]),
+        programs.log_shardings(out[1], self.mesh),
+      ),
+      donate_argnums=(1,),
+    )
+
+  def _resize(self, state: State, num_places: int) -> State:
+    return self.compiled.call(
+      f'resize to {num_places} places',
+      functools.partial(programs.resize, num_places=num_places),
       state,
       out_shardings=self._state_shardings,
     )
 
-  def _state_shardings(self, state: programs.State) -> programs.State:
+  def _state_shardings(self, state: State) -> State:
     return programs.state_shardings(state, self.mesh)
 
   def _score_batch(self, texts: Sequence[Sequence[int]], size: int) -> list[np.ndarray]:
-    tokens_BT = np.zeros((size, prompt_bucket(max(map(len, texts)))), np.int32)
+    tokens_BT = np.zeros((size, text_bucket(max(map(len, texts)))), np.int32)
     lengths_B = np.ones(size, np.int32)
     for row, text in enumerate(texts):
       tokens_BT[row, : len(text)] = text
@@ -245,54 +285,21 @@ def check_mesh(config: DecoderConfig, mesh: Mesh, *, max_batch: int) -> None:
   param_shardings(jax.eval_shape(init)['params'], mesh)
 
 
-def _completions(
-  state: programs.State, batch: Batch, ends: dict[int, int | None]
-) -> Iterator[Completion]:
-  tokens_TB, logps_TB, sampling_logps_TB, num_tokens_B = jax.device_get(
-    (state.tokens_TB, state.logps_TB, state.sampling_logps_TB, state.num_tokens_B)
+def _completion(row: Row, keep: int | None) -> Completion:
+  """The completion of a row that has ended, by `should_stop` where it said how."""
+  num_tokens = len(row.token_ids) if keep is None else keep
+  params = row.request.params_by_sample()[row.sample]
+  reason = 'length'
+  if keep is not None or row.token_ids[-1] in params.stop_ids:
+    reason = 'stop'
+  if not math.isfinite(row.logprobs[num_tokens - 1]):  # none comes after such a one
+    num_tokens, reason = num_tokens - 1, 'error'
+  return Completion(
+    problem_id=row.request.problem_id,
+    sample_index=row.request.first_sample_index + row.sample,
+    token_ids=row.token_ids[:num_tokens],
+    finish_reason=reason,
+    logprobs=row.logprobs[:num_tokens],
+    sampling_logprobs=row.sampling_logprobs[:num_tokens],
+    seed=params.seed,
   )
-  for row, request, sample_index in batch.rows():
-    keep = ends.get(row)
-    num_tokens = num_tokens_B[row] if keep is None else keep
-    token_ids = tokens_TB[:num_tokens, row].tolist()
-    logps_T = logps_TB[:num_tokens, row]
-    if not np.isfinite(logps_T).all():
-      raise FloatingPointError(
-        f'Sample {sample_index} of {request.problem_id!r} has log-probability '
-        f'{logps_T.min()} after {int(np.isfinite(logps_T).sum())} tokens: the model '
-        'gives logits that are not finite. Check its weights, or use --dtype=float32.'
-      )
-    stopped = keep is not None or token_ids[-1] in request.params.stop_ids
-    yield Completion(
-      problem_id=request.problem_id,
-      sample_index=sample_index,
-      token_ids=token_ids,
-      finish_reason='stop' if stopped else 'length',
-      logprobs=logps_T.tolist(),
-      sampling_logprobs=sampling_logps_TB[:num_tokens, row].tolist(),
-      seed=request.params.seed,
-    )
-
-
-def _split_layers(params: Any, mesh: Mesh, *, dtype: Any, donate: bool) -> Any:
-  """Parameters of separate layers on the mesh, made leaf by leaf from stacked ones."""
-  shardings = trees.flatten(param_shardings(params, mesh))
-  split: dict[str, jax.Array] = {}
-  for name, leaf in trees.flatten(params).items():
-    # Norm scales are used in float32 by some families, and they are small.
-    leaf_dtype = leaf.dtype if name.endswith('norm/scale') else dtype
-    sharding = shardings[name]
-    placed = jax.device_put(leaf, sharding)
-    if not name.startswith('layers/'):
-      split[name] = placed.astype(leaf_dtype)
-    else:
-      one_layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-      unstack = jax.jit(
-        lambda x, leaf_dtype=leaf_dtype: [layer.astype(leaf_dtype) for layer in x],
-        out_shardings=[one_layer] * leaf.shape[0],
-      )
-      for i, layer in enumerate(unstack(placed)):
-        split[name.replace('layers/', f'layers_{i}/', 1)] = layer
-      if donate and isinstance(leaf, jax.Array):
-        leaf.delete()
-  return trees.unflatten(split)

@@ -1,173 +1,268 @@
-"""The device programs of sampling, as pure functions: start a batch, go on, score.
-
-A batch is P prompts with n rows each; row p * n + j is sample j of prompt p. Rows that
-have finished stay in the batch and emit padding.
-"""
+"""The device programs of sampling, as pure functions: fill slots, go on, score."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mrjax.models.cache import KVCache, grow_cache, make_cache
+from mrjax.models.cache import empty_cache
+from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
-from mrjax.sampling.logits import Array, Controls, row_keys, sample
-from mrjax.sharding.mesh import BATCH_AXES, constrain
+from mrjax.sampling.lanes import (
+  LaneState,
+  Slots,
+  State,
+  empty_slots,
+  idle_lanes,
+  keys_of,
+  num_refillable,
+  places_of,
+  samples_of,
+  take_samples,
+)
+from mrjax.sampling.logits import Array, sample
+from mrjax.sampling.plan import Layout
+from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards, constrain
 
-PAD_ID = 0  # emitted by finished rows, cut off by the host
-
-
-class Rows(flax.struct.PyTreeNode):
-  """What is fixed about the B rows of a batch while it runs.
-
-  Attributes:
-    controls: Temperature and filters.
-    seeds_B: uint32 seed of the request.
-    problem_hashes_B2: uint32 halves of a 64-bit hash of the problem's id.
-    sample_indices_B: uint32 index of the row among the samples of its problem.
-    prompt_lengths_B: int32 tokens of the prompt, at least 1.
-    max_new_tokens_B: int32; 0 for a row that only fills the batch.
-    stop_ids_BE: int32 ids that end a row, -1 where there are fewer.
-  """
-
-  controls: Controls
-  seeds_B: Array
-  problem_hashes_B2: Array
-  sample_indices_B: Array
-  prompt_lengths_B: Array
-  max_new_tokens_B: Array
-  stop_ids_BE: Array
-
-  def keys(self) -> jax.Array:
-    """A typed random key for each row."""
-    return row_keys(self.seeds_B, self.problem_hashes_B2, self.sample_indices_B)
+PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
+_BY_STEP = PartitionSpec(None, BATCH_AXES)
 
 
-class State(flax.struct.PyTreeNode):
-  """What changes from token to token, T places long.
+class Log(NamedTuple):
+  """What a dispatch did, T steps of B lanes.
 
   Attributes:
-    cache: Keys and values of the prompts and of all tokens but the newest.
     tokens_TB: int32 tokens drawn.
-    logps_TB: float32, under the model.
+    logps_TB: float32, under the model; not finite where its logits were not.
     sampling_logps_TB: float32, under the distribution drawn from.
-    num_tokens_B: int32 tokens of each row, the ending one included.
-    running_B: True until a row has ended.
-    step: int32 scalar, tokens drawn so far by each row.
+    owners_TB: int32 slot * (samples of a slot) + sample whose token it is, or -1.
   """
 
-  cache: KVCache
   tokens_TB: jax.Array
   logps_TB: jax.Array
   sampling_logps_TB: jax.Array
-  num_tokens_B: jax.Array
-  running_B: jax.Array
-  step: jax.Array
+  owners_TB: jax.Array
 
 
-def start(
-  decoder: Decoder,
-  params: Any,
-  prompts_PS: jax.Array,
-  rows: Rows,
+class Prompts(NamedTuple):
+  """Prompts to put in slots, N of them; those from `number` on are none.
+
+  Attributes:
+    tokens_NS: int32, right-padded, without their last tokens.
+    groups_N: int32 group of each.
+    slots_N: int32 slot.
+    entries: What the slots hold then, leading axis N.
+    number_1: int32.
+  """
+
+  tokens_NS: Array
+  groups_N: Array
+  slots_N: Array
+  entries: Slots
+  number_1: Array
+
+
+def empty_state(
+  config: DecoderConfig,
+  cache_dtype: Any,
+  layout: Layout,
   *,
   num_places: int,
-  num_blocks: int = 1,
+  shards: int,
+  num_stops: int,
 ) -> State:
-  """Reads the prompts, once each, and draws the first token of every row.
+  """A state without rows, of all shards.
+
+  Args:
+    config: The decoder's.
+    cache_dtype: See `empty_cache`.
+    layout: Of a shard.
+    num_places: Own places of a row at first.
+    shards: Number of data shards.
+    num_stops: Most stop ids of a row.
+  """
+  cache = empty_cache(
+    config,
+    cache_dtype,
+    num_groups=shards * layout.groups,
+    num_slots=layout.slots,
+    slot_places=layout.slot_places,
+    num_rows=shards * layout.lanes,
+    num_places=num_places,
+  )
+  shape = shards * layout.groups, layout.slots
+  slots = empty_slots(shape, layout.slot_samples, num_stops)
+  return State(
+    cache, jax.tree.map(jnp.asarray, slots), idle_lanes(shards * layout.lanes)
+  )
+
+
+def fill(decoder: Decoder, params: Any, state: State, prompts: Prompts) -> State:
+  """Reads prompts, once each, as many at a time as `PREFILL_TOKENS` allows."""
+  apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
+  N, S = prompts.tokens_NS.shape
+  G = state.slots.lengths.shape[0]
+  size = min(N, max(1, PREFILL_TOKENS // S))
+  number = jnp.asarray(prompts.number_1)[0]
+  # Those beyond the last are put out of range, and so dropped.
+  groups_N = jnp.where(jnp.arange(N) < number, prompts.groups_N, G)
+
+  def read(i, cache):
+    start = jnp.minimum(i * size, N - size)
+    take = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)
+    prefix = apply(
+      take(prompts.tokens_NS),
+      lengths_P=take(prompts.entries.lengths),
+      max_lengths_P=take(prompts.entries.max_lengths),
+      method='prefill',
+    )
+    return cache.fill_slots(prefix, take(groups_N), take(prompts.slots_N))
+
+  cache = jax.lax.fori_loop(0, -(-number // size), read, state.cache)
+  slots = jax.tree.map(
+    lambda x, new: x.at[groups_N, prompts.slots_N].set(new, mode='drop'),
+    state.slots,
+    prompts.entries,
+  )
+  return state.replace(cache=cache, slots=slots)
+
+
+def go_on(
+  decoder: Decoder,
+  params: Any,
+  state: State,
+  stopped_B: jax.Array,
+  most_idle: jax.Array,
+  *,
+  num_steps: int,
+) -> tuple[State, Log]:
+  """Draws tokens, and hands lanes whose rows have ended the next samples.
 
   Args:
     decoder: With `scan_layers=False`.
     params: Its parameters.
-    prompts_PS: int32 right-padded prompts.
-    rows: The rows, a multiple of P.
-    num_places: Tokens the state has room for at first.
-    num_blocks: Read this many equal blocks of prompts one after the other, which
-      bounds the memory of attention among their tokens.
+    state: Is used up.
+    stopped_B: True for lanes whose rows the host has ended.
+    most_idle: int32; the loop is left when more lanes than this are idle which new
+      prompts would let go on.
+    num_steps: T, most tokens a lane.
   """
-  num_prompts, num_rows = prompts_PS.shape[0], rows.seeds_B.shape[0]
-  repeats = num_rows // num_prompts
-  lengths_P = jnp.asarray(rows.prompt_lengths_B)[::repeats]
-  max_lengths_P = lengths_P + rows.max_new_tokens_B[::repeats]
-
-  def prefill(block):
-    prompts, lengths, max_lengths = block
-    return decoder.apply(
-      {'params': params},
-      prompts,
-      lengths_P=lengths,
-      max_lengths_P=max_lengths,
-      method='prefill',
-    )
-
-  def split(x_P):
-    # A block takes its prompts from all over P, so that each device keeps its own.
-    return x_P.reshape(-1, num_blocks, *x_P.shape[1:]).swapaxes(0, 1)
-
-  def join(x):
-    return x.swapaxes(0, 1).reshape(num_prompts, *x.shape[2:])
-
-  blocks = jax.tree.map(split, (prompts_PS, lengths_P, max_lengths_P))
-  logits_PV, prefix = jax.tree.map(join, jax.lax.map(prefill, blocks))
-  cache = make_cache(
-    decoder.config,
-    prefix,
-    prompt_lengths_P=lengths_P,
-    num_rows=num_rows,
-    num_places=num_places,
+  apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
+  B = state.lanes.running.shape[0]
+  samples_a_slot = state.slots.samples.seeds.shape[2]
+  empty_TB = jnp.zeros((num_steps, B), jnp.float32)
+  log = Log(
+    jnp.zeros((num_steps, B), jnp.int32),
+    empty_TB,
+    empty_TB,
+    jnp.full((num_steps, B), -1, jnp.int32),
   )
-  empty_TB = jnp.zeros((num_places, num_rows), jnp.float32)
-  state = State(
-    cache=cache,
-    tokens_TB=jnp.full((num_places, num_rows), PAD_ID, jnp.int32),
-    logps_TB=empty_TB,
-    sampling_logps_TB=empty_TB,
-    num_tokens_B=jnp.zeros(num_rows, jnp.int32),
-    running_B=jnp.asarray(rows.max_new_tokens_B) > 0,
-    step=jnp.zeros((), jnp.int32),
-  )
-  return _emit(state, jnp.repeat(logits_PV, repeats, axis=0), rows, rows.keys())
 
-
-def go_on(
-  decoder: Decoder, params: Any, state: State, rows: Rows, until_step: jax.Array
-) -> State:
-  """Draws tokens until `until_step` of them are there or every row has ended."""
-  keys_B = rows.keys()
-
-  def draw_next(state: State) -> State:
-    last_B = jax.lax.dynamic_index_in_dim(
-      state.tokens_TB, state.step - 1, axis=0, keepdims=False
-    )
-    logits_B1V, cache = decoder.apply(
-      {'params': params},
-      last_B[:, None],
-      positions_BT=(rows.prompt_lengths_B + state.step - 1)[:, None],
-      max_lengths_B=rows.prompt_lengths_B + rows.max_new_tokens_B,
-      cache=state.cache,
+  def draw_next(carry):
+    step, state, log, _ = carry
+    slots, lanes = take_samples(state.slots, state.lanes)
+    samples = samples_of(slots, lanes)
+    logits_BV, cache = apply(
+      lanes.tokens,
+      places_of(slots, lanes),
+      state.cache,
       method='decode',
     )
-    return _emit(state.replace(cache=cache), logits_B1V[:, 0], rows, keys_B)
+    # Whole rows of the vocabulary on each device: the filters read all of it.
+    logits_BV = constrain(logits_BV, BATCH_AXES, None)
+    drawn = sample(logits_BV, samples.controls, keys_of(samples, lanes.own_lengths))
+    owners_B = lanes.slots * samples_a_slot + lanes.samples
+    entry = (*drawn, jnp.where(lanes.running, owners_B, -1))
+    log = Log(
+      *(
+        jax.lax.dynamic_update_index_in_dim(x_TB, x_B, step, axis=0)
+        for x_TB, x_B in zip(log, entry)
+      )
+    )
+    lanes = _after_token(lanes, samples, *drawn[:2])
+    can_go_on = lanes.running.any() | (slots.num_started < slots.num_samples).any()
+    leave = ~can_go_on | (num_refillable(slots, lanes) > most_idle)
+    return step + 1, State(cache, slots, lanes), log, leave
 
-  return jax.lax.while_loop(
-    lambda state: (state.step < until_step) & jnp.any(state.running_B), draw_next, state
+  lanes = state.lanes.replace(
+    own_lengths=jnp.where(stopped_B, 0, state.lanes.own_lengths),
+    running=state.lanes.running & ~stopped_B,
+  )
+  carry = jnp.zeros((), jnp.int32), state.replace(lanes=lanes), log, jnp.array(False)
+  _, state, log, _ = jax.lax.while_loop(
+    lambda carry: (carry[0] < num_steps) & ~carry[3], draw_next, carry
+  )
+  return state, log
+
+
+def _after_token(lanes: LaneState, samples, tokens_B, logps_B) -> LaneState:
+  """The lanes with their new tokens; rows that these end are no longer running."""
+  num_drawn_B = lanes.own_lengths + 1
+  stops_B = (tokens_B[:, None] == samples.stop_ids).any(axis=1)
+  ends_B = stops_B | (num_drawn_B >= samples.max_new_tokens) | ~jnp.isfinite(logps_B)
+  running_B = lanes.running & ~ends_B
+  return lanes.replace(
+    tokens=jnp.where(running_B, tokens_B, lanes.tokens),
+    own_lengths=jnp.where(running_B, num_drawn_B, 0),
+    running=running_B,
   )
 
 
-def grow(state: State, *, num_places: int) -> State:
-  """The same state with room for `num_places` tokens."""
-  more = num_places - state.tokens_TB.shape[0]
-  pad = lambda x_TB: jnp.pad(x_TB, ((0, more), (0, 0)))
-  return state.replace(
-    cache=grow_cache(state.cache, num_places=num_places),
-    tokens_TB=pad(state.tokens_TB),
-    logps_TB=pad(state.logps_TB),
-    sampling_logps_TB=pad(state.sampling_logps_TB),
+def fill_program(decoder: Decoder, mesh: Mesh) -> Callable[..., State]:
+  """`fill` by each data shard for itself: from parameters, state and prompts.
+
+  The arrays of all shards stand behind one another, those of `Prompts` too. Tensor
+  parallelism inside a shard is left to the compiler.
+  """
+  return _by_shard(functools.partial(fill, decoder), mesh, (BATCH, BATCH), BATCH)
+
+
+def decode_program(
+  decoder: Decoder, mesh: Mesh, *, num_steps: int
+) -> Callable[..., tuple[State, Log]]:
+  """`go_on` by each data shard for itself.
+
+  Takes parameters, state, `stopped_B` of all shards and `most_idle` of each [shards].
+  """
+
+  def run(params, state, stopped_B, most_idle_1):
+    return go_on(decoder, params, state, stopped_B, most_idle_1[0], num_steps=num_steps)
+
+  return _by_shard(run, mesh, (BATCH, BATCH, BATCH), (BATCH, _BY_STEP))
+
+
+def _by_shard(fn, mesh: Mesh, in_specs, out_specs):
+  if batch_shards(mesh) == 1:
+    return fn
+  return jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), *in_specs),
+    out_specs=out_specs,
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
   )
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+  """Where a state lives: groups and rows over the batch axes, heads over tensor."""
+  at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  shardings = jax.tree.map(lambda _: at(BATCH_AXES), state)
+  cache = jax.tree.map(lambda _: at(BATCH_AXES, 'tensor'), state.cache)
+  return shardings.replace(cache=cache)
+
+
+def log_shardings(log: Log, mesh: Mesh) -> Log:
+  """Where a log lives: its lanes over the batch axes."""
+  return jax.tree.map(lambda _: NamedSharding(mesh, _BY_STEP), log)
+
+
+def resize(state: State, *, num_places: int) -> State:
+  """The same state with another number of own places; all rows must fit."""
+  return state.replace(cache=state.cache.resize(num_places))
 
 
 def score(
@@ -200,56 +295,3 @@ def score(
   logps_BT = jax.lax.map(score_block, (split(hidden_BTD), split(targets_BT)))
   logps_BT = logps_BT.swapaxes(0, 1).reshape(B, T)
   return jnp.pad(logps_BT[:, :-1], ((0, 0), (1, 0)))
-
-
-def state_shardings(state: State, mesh: Mesh) -> Any:
-  """A tree like `state` that says where it lives on `mesh`.
-
-  Rows are split over the batch axes, and heads over the tensor axis.
-  """
-  at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-  by_row, by_step, everywhere = at(BATCH_AXES), at(None, BATCH_AXES), at()
-  layers = (at(BATCH_AXES, 'tensor'),) * len(state.cache.own_k)
-  cache = state.cache.replace(
-    prefix_k=layers,
-    prefix_v=layers,
-    own_k=layers,
-    own_v=layers,
-    prefix_positions_PS=by_row,
-    own_positions_BC=by_row,
-    index=everywhere,
-  )
-  return state.replace(
-    cache=cache,
-    tokens_TB=by_step,
-    logps_TB=by_step,
-    sampling_logps_TB=by_step,
-    num_tokens_B=by_row,
-    running_B=by_row,
-    step=everywhere,
-  )
-
-
-def _emit(
-  state: State, logits_BV: jax.Array, rows: Rows, row_keys_B: jax.Array
-) -> State:
-  """Draws the next token of every running row and ends the rows that are through."""
-  keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, state.step)
-  # Whole rows of the vocabulary on each device: the filters read all of it.
-  logits_BV = constrain(logits_BV, BATCH_AXES, None)
-  tokens_B, logps_B, sampling_logps_B = sample(logits_BV, rows.controls, keys_B)
-  running_B = state.running_B
-  tokens_B = jnp.where(running_B, tokens_B, PAD_ID)
-  stops_B = (tokens_B[:, None] == rows.stop_ids_BE).any(axis=1)
-
-  def put(x_TB, x_B):
-    return jax.lax.dynamic_update_index_in_dim(x_TB, x_B, state.step, axis=0)
-
-  return state.replace(
-    tokens_TB=put(state.tokens_TB, tokens_B),
-    logps_TB=put(state.logps_TB, logps_B),
-    sampling_logps_TB=put(state.sampling_logps_TB, sampling_logps_B),
-    num_tokens_B=state.num_tokens_B + running_B,
-    running_B=running_B & ~stops_B & (state.step + 1 < rows.max_new_tokens_B),
-    step=state.step + 1,
-  )

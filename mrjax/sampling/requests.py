@@ -48,14 +48,15 @@ class SamplingParams:
 class Request:
   """`num_samples` rows from one prompt, numbered from `first_sample_index`.
 
-  A row depends on the weights, the prompt, `params`, `problem_id` and its sample index
-  alone: asking for samples 0-7 and then 8-15 gives the rows of asking for 0-15.
+  A row depends on the weights, the prompt, its `params`, `problem_id` and its sample
+  index alone: asking for samples 0-7 and then 8-15 gives the rows of asking for 0-15.
+  `params` holds for all samples, or is a tuple with those of each.
   """
 
   problem_id: str
   prompt_ids: tuple[int, ...]
   num_samples: int = 1
-  params: SamplingParams = SamplingParams()
+  params: SamplingParams | tuple[SamplingParams, ...] = SamplingParams()
   first_sample_index: int = 0
 
   def __post_init__(self):
@@ -71,6 +72,27 @@ class Request:
         f'Sample indices of {self.problem_id!r} run from {self.first_sample_index} to '
         f'{last - 1}, want 0 <= index < 2**32.'
       )
+    if isinstance(self.params, tuple) and len(self.params) != self.num_samples:
+      raise RequestError(
+        f'The request for {self.problem_id!r} has params for {len(self.params)} '
+        f'samples and asks for {self.num_samples}; give one for all, or one each.'
+      )
+
+  def params_by_sample(self) -> Sequence[SamplingParams]:
+    """The parameters of each sample."""
+    if isinstance(self.params, tuple):
+      return self.params
+    return (self.params,) * self.num_samples
+
+  @property
+  def max_new_tokens(self) -> int:
+    """That of the longest sample."""
+    return max(params.max_new_tokens for params in set(self.params_by_sample()))
+
+  @property
+  def stop_ids(self) -> set[int]:
+    """Those of any sample."""
+    return {i for params in set(self.params_by_sample()) for i in params.stop_ids}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +100,8 @@ class Completion:
   """One finished row.
 
   `token_ids` ends with the stop id, or with the token that completed a stop string,
-  when `finish_reason` is `stop`; `length` means that `max_new_tokens` cut it.
+  when `finish_reason` is `stop`; `length` means that `max_new_tokens` cut it, and
+  `error` that the model gave no finite logits for a next token.
   `logprobs` are the model's own (before temperature and filters), `sampling_logprobs`
   those of the distribution drawn from; one a token, in nats.
   """
@@ -120,7 +143,7 @@ def fit_requests(
   max_length = max_length or config.max_positions
   fitting, num_cut = [], 0
   for request in requests:
-    length, new = len(request.prompt_ids), request.params.max_new_tokens
+    length, new = len(request.prompt_ids), request.max_new_tokens
     room = max_length - new
     if truncate_prompts and 0 < room < length:
       request = dataclasses.replace(request, prompt_ids=request.prompt_ids[-room:])
@@ -131,7 +154,7 @@ def fit_requests(
         f'max_new_tokens={new} it needs {length + new} positions and the limit is '
         f'{max_length}. Shorten it, lower --max_new_tokens, or pass --truncate_prompts.'
       )
-    ids = (*request.prompt_ids, *request.params.stop_ids)
+    ids = (*request.prompt_ids, *request.stop_ids)
     _check_ids(f'request for {request.problem_id!r}', ids, config)
     fitting.append(request)
   if num_cut:

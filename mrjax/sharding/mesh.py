@@ -93,10 +93,17 @@ def platform() -> str:
 def constrain(x: jax.Array, *axes) -> jax.Array:
   """Pins `x` to a layout on the mesh in force (`jax.set_mesh`); without one, `x`.
 
+  Axes over which a `shard_map` has split the work already are left out.
+
   Args:
     x: An activation.
     *axes: A mesh axis, a tuple of them or None for each leading dimension.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
+  done = set(mesh.manual_axes)
+  if done:
+    names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    axes = tuple(tuple(n for n in group if n not in done) or None for group in names)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -1,0 +1,125 @@
+"""A row has the same bits whatever runs beside it, on a CPU with `EXACT_LANES`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mrjax.models.config import DecoderConfig
+from mrjax.models.decoder import Decoder
+from mrjax.sampling.engine import Engine
+from mrjax.sampling.plan import EXACT_LANES
+from mrjax.sampling.requests import Request, SamplingParams
+from mrjax.sharding.mesh import make_mesh
+
+# A product over many inputs to few outputs is what XLA shares out in most ways.
+CONFIG = DecoderConfig.from_hf(
+  {
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': 211,
+    'hidden_size': 48,
+    'intermediate_size': 384,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 6,
+    'num_key_value_heads': 3,
+    'head_dim': 16,
+    'max_position_embeddings': 512,
+    'initializer_range': 0.2,
+  }
+)
+PARAMS = SamplingParams(
+  temperature=0.9, top_p=0.9, max_new_tokens=90, seed=3, stop_ids=(4, 5, 6)
+)
+
+
+@functools.cache
+def params():
+  init = lambda: Decoder(CONFIG).init(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))
+  return jax.jit(init)()['params']
+
+
+@functools.cache
+def requests() -> list[Request]:
+  """Prompts of 1 to 150 tokens with 1 to 9 samples each."""
+  rng = np.random.default_rng(7)
+  lengths = [1, 150, 64, 65, 2, 30, 129, 77, 20]
+  return [
+    Request(f'p{i}', tuple(rng.integers(7, 211, length).tolist()), i + 1, PARAMS)
+    for i, length in enumerate(lengths)
+  ]
+
+
+def rows_of(asked, *, max_batch=EXACT_LANES, mesh='data:1'):
+  num_devices = 2 if '2' in mesh else 1
+  mesh = make_mesh(mesh, jax.devices()[:num_devices])
+  engine = Engine(CONFIG, params(), mesh, max_batch=max_batch)
+  return {
+    (row.problem_id, row.sample_index): (
+      row.token_ids,
+      row.finish_reason,
+      row.logprobs,
+      row.sampling_logprobs,
+    )
+    for row in engine.generate(asked)
+  }
+
+
+@functools.cache
+def expected():
+  rows = rows_of(requests())
+  assert len(rows) == 45
+  assert {reason for _, reason, _, _ in rows.values()} == {'stop', 'length'}
+  return rows
+
+
+def one_by_one() -> list[Request]:
+  return [
+    dataclasses.replace(request, num_samples=1, first_sample_index=i)
+    for request in requests()
+    for i in range(request.num_samples)
+  ]
+
+
+def with_a_long_neighbour() -> list[Request]:
+  more = dataclasses.replace(PARAMS, max_new_tokens=200, stop_ids=())
+  prompt = requests()[1].prompt_ids * 2
+  return [*requests(), Request('long', prompt, 3, more)]
+
+
+CASES = {
+  'reversed': lambda: requests()[::-1],
+  'alone': lambda: requests()[4:5],
+  'short prompts only': lambda: [r for r in requests() if len(r.prompt_ids) < 65],
+  'one by one': one_by_one,
+  'with a long neighbour': with_a_long_neighbour,
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_neighbours_change_no_bit(case):
+  rows = rows_of(CASES[case]())
+  assert sum(rows[name] == row for name, row in expected().items() if name in rows) == (
+    len(rows) - 3 * (case == 'with a long neighbour')
+  )
+
+
+@pytest.mark.parametrize('max_batch', [EXACT_LANES + 8, 3 * EXACT_LANES])
+def test_the_number_of_lanes_changes_no_bit(max_batch):
+  many = [dataclasses.replace(r, num_samples=21) for r in requests()]
+  rows = rows_of(many, max_batch=max_batch)
+  assert {name: rows[name] for name in expected()} == expected()
+
+
+def test_shards_change_no_bit():
+  rows = rows_of(requests(), max_batch=2 * EXACT_LANES, mesh='data:2')
+  assert rows == expected()
+
+
+def test_fewer_lanes_give_the_same_tokens():
+  rows = rows_of(requests(), max_batch=5)
+  for name, (token_ids, reason, logps, _) in expected().items():
+    assert rows[name][:2] == (token_ids, reason)
+    np.testing.assert_allclose(rows[name][2], logps, atol=1e-5)
