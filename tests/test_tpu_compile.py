@@ -179,7 +179,7 @@ def sampling(name: str, devices) -> Sampling:
     layout,
     num_places=NEW_TOKENS,
     shards=shards,
-    num_stops=1,
+    num_stops=8,
   )
   state = jax.eval_shape(make)
   prompts = next(Schedule(requests, layout, shards=shards).next_prompts())

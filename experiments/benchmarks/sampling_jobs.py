@@ -78,7 +78,10 @@ class Job:
         SamplingParams(self.temperature, self.top_p, max_new_tokens=length, seed=1)
         for length in lengths
       )
-      found.append(Request(str(i), tuple(ids), len(lengths), params))
+      same = len(set(params)) == 1
+      found.append(
+        Request(str(i), tuple(ids), len(lengths), params[0] if same else params)
+      )
     return found
 
   def save(self, path: Path) -> Path:

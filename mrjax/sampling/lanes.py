@@ -89,7 +89,7 @@ def empty_slots(shape: tuple[int, ...], num_samples: int, num_stops: int) -> Slo
   Args:
     shape: Leading axes.
     num_samples: Most samples of a slot.
-    num_stops: Most stop ids of a sample.
+    num_stops: E, room for stop ids of a sample.
   """
   zeros = lambda dtype: np.zeros((*shape, num_samples), dtype)
   return Slots(
@@ -104,10 +104,7 @@ def empty_slots(shape: tuple[int, ...], num_samples: int, num_stops: int) -> Slo
       problem_hashes=np.zeros((*shape, num_samples, 2), np.uint32),
       indices=zeros(np.uint32),
       max_new_tokens=zeros(np.int32),
-      # Eight or more, in powers of two: few shapes.
-      stop_ids=np.full(
-        (*shape, num_samples, 1 << max(3, (num_stops - 1).bit_length())), -1, np.int32
-      ),
+      stop_ids=np.full((*shape, num_samples, num_stops), -1, np.int32),
     ),
     lengths=np.zeros(shape, np.int32),
     last_tokens=np.zeros(shape, np.int32),

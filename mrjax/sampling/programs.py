@@ -82,7 +82,7 @@ def empty_state(
     layout: Of a shard.
     num_places: Own places of a row at first.
     shards: Number of data shards.
-    num_stops: Most stop ids of a row.
+    num_stops: Room for stop ids of a row.
   """
   cache = empty_cache(
     config,

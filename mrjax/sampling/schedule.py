@@ -51,7 +51,8 @@ class Schedule:
     )
     self._jobs: dict[tuple[int, int], _Job] = {}  # by group and slot
     self._num_filled = 0
-    self.num_stops = max((len(request.stop_ids) for request in requests), default=0)
+    most = max((len(request.stop_ids) for request in requests), default=0)
+    self.num_stops = 1 << max(3, (most - 1).bit_length())  # few shapes
     self.lane_rows: list[Row | None] = [None] * (shards * layout.lanes)
 
   @property
