@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from mrjax.models.attention import KVPart, Stored
 from mrjax.models.config import DecoderConfig
 
-DTYPES = ('auto', 'float32', 'bfloat16', 'int8')
-
 
 class Lanes(NamedTuple):
   """Where B rows stand in a cache.

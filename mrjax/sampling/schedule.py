@@ -53,7 +53,7 @@ class Schedule:
     self._num_filled = 0
     most = max((len(request.stop_ids) for request in requests), default=0)
     self.num_stops = 1 << max(3, (most - 1).bit_length())  # few shapes
-    self.lane_rows: list[Row | None] = [None] * (shards * layout.lanes)
+    self._lane_rows: list[Row | None] = [None] * (shards * layout.lanes)
 
   @property
   def waiting(self) -> bool:
@@ -113,11 +113,11 @@ class Schedule:
       row.logprobs.extend(columns[1][start:stop].tolist())
       row.sampling_logprobs.extend(columns[2][start:stop].tolist())
       touched[id(row)] = lane, row
-      self.lane_rows[lane] = row
+      self._lane_rows[lane] = row
     going = [
       (lane, row)
       for lane, row in touched.values()
-      if running_B[lane] and self.lane_rows[lane] is row
+      if running_B[lane] and self._lane_rows[lane] is row
     ]
     still = {id(row) for _, row in going}
     ended = [row for key, (_, row) in touched.items() if key not in still]
