@@ -524,3 +524,53 @@ def test_a_name_that_is_nowhere(tmp_path, monkeypatch):
     load_tokenizer(str(tmp_path / 'nope'))
   with pytest.raises(FileNotFoundError, match='no folder here'):
     load_tokenizer('mrjax-test/no-such-model')
+
+
+def with_special(folder, target, *tokens) -> Path:
+  """The tokenizer of a folder with more special tokens, in order."""
+  hf_tokenizer = AutoTokenizer.from_pretrained(folder)
+  hf_tokenizer.add_special_tokens({'additional_special_tokens': list(tokens)})
+  hf_tokenizer.save_pretrained(target)
+  return target
+
+
+def test_the_same_content_is_the_same_tokenizer(bpe, bpe_folder, tmp_path, spm_file):
+  shutil.copytree(bpe_folder, tmp_path / 'again')
+  bpe.check_same(load_tokenizer(tmp_path / 'again'), 'the guide')
+  spm = load_tokenizer(spm_file)
+  spm.check_same(load_tokenizer(spm_file), 'the guide')
+  with pytest.raises(ValueError, match=r'the guide has another tokenizer: id \d+ is'):
+    bpe.check_same(spm, 'the guide')
+
+
+def test_the_first_id_that_differs_is_named(bpe, bpe_folder, tmp_path):
+  """As many tokens, two of them swapped: the length says nothing."""
+  swapped = shutil.copytree(bpe_folder, tmp_path / 'swapped')
+  data = json.loads((swapped / 'tokenizer.json').read_text())
+  vocab = data['model']['vocab']
+  first, second = (next(t for t, i in vocab.items() if i == n) for n in (300, 317))
+  vocab[first], vocab[second] = vocab[second], vocab[first]
+  (swapped / 'tokenizer.json').write_text(json.dumps(data))
+  other = load_tokenizer(swapped)
+  assert other.vocab_size == bpe.vocab_size
+  with pytest.raises(ValueError) as error:
+    bpe.check_same(other, 'runs/v')
+  assert str(error.value) == (
+    f'runs/v has another tokenizer: id 300 is {second!r} there and {first!r} here; '
+    'both must share one vocabulary'
+  )
+
+
+def test_reserved_places_may_be_filled(bpe, bpe_folder, tmp_path):
+  """As from Llama 3 to 3.2, which named special tokens that were reserved before."""
+  old = ('<|eot|>', '<|reserved_0|>', '<|reserved_1|>')
+  new = ('<|eot|>', '<|python|>', '<|reserved_0|>')
+  old = load_tokenizer(with_special(bpe_folder, tmp_path / 'old', *old))
+  new = load_tokenizer(with_special(bpe_folder, tmp_path / 'new', *new))
+  old.check_same(new, 'the guide')
+  new.check_same(old, 'the guide')
+  named = with_special(bpe_folder, tmp_path / 'named', '<|end|>', '<|python|>')
+  with pytest.raises(ValueError, match=r"is '<\|end\|>' there and '<\|eot\|>' here"):
+    new.check_same(load_tokenizer(named), 'the guide')
+  with pytest.raises(ValueError, match=r"is no token there and '<\|eot\|>' here"):
+    new.check_same(bpe, 'the guide')

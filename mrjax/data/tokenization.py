@@ -13,6 +13,7 @@ The rules, for every tokenizer:
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ Message = Mapping[str, Any]
 # Tokens of context that decide how the next one is decoded (leading spaces, characters
 # spread over several tokens).
 _CONTEXT_TOKENS = 8
+# <|reserved_special_token_5|> of Llama 3, <unused7> of Gemma
+_RESERVED = re.compile(r'^[<\[].*(reserved|unused).*[>\]]$')
 
 
 class Tokenizer:
@@ -65,6 +68,31 @@ class Tokenizer:
         f'the tokenizer has ids up to {self.vocab_size - 1}, the model only '
         f'{num_embeddings} embeddings; give the tokenizer the model was trained with'
       )
+
+  def check_same(self, other: 'Tokenizer', what: str) -> None:
+    """Raises ValueError where the ids of `other` stand for other tokens than these.
+
+    Compared are the tokens of all ids, special ones included. A token whose name says
+    that it is reserved may be any other in the other tokenizer: releases of one model
+    family fill such places one by one. Where texts begin and end may differ: the ids
+    of both models are made by one tokenizer.
+
+    Args:
+      other: Its tokenizer.
+      what: Names what reads ids of this tokenizer too, e.g. 'the value model runs/v'.
+    """
+    ours, theirs = (
+      {i: token for token, i in tokenizer._backend.vocabulary().items()}
+      for tokenizer in (self, other)
+    )
+    for i in sorted(ours.keys() | theirs.keys()):
+      a, b = ours.get(i), theirs.get(i)
+      if a != b and not any(_RESERVED.search(token or '') for token in (a, b)):
+        show = lambda token: 'no token' if token is None else repr(token)
+        raise ValueError(
+          f'{what} has another tokenizer: id {i} is {show(b)} there and {show(a)} '
+          'here; both must share one vocabulary'
+        )
 
   def encode_prompt(self, text: str, *, add_bos: bool = True) -> list[int]:
     """Returns the ids of a text to be continued.
