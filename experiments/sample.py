@@ -87,6 +87,11 @@ _FLAGS = (
     'logprobs', _D.logprobs, 'Write the log-probabilities of every token too.'
   ),
   flags.DEFINE_bool(
+    'prompt_logprobs',
+    _D.prompt_logprobs,
+    "Write those of every token of a row's prompt too; the first is null.",
+  ),
+  flags.DEFINE_bool(
     'truncate_prompts',
     _D.truncate_prompts,
     'Cut prompts that are too long at their start; otherwise they are an error.',

@@ -10,18 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.sample import parse_stops
+from mrjax.checkpoint.source import resolve_model
 from mrjax.data.tokenization import load_tokenizer
 from mrjax.data.tokenizer_training import train_bpe_tokenizer
 from mrjax.models.config import load_hf_config
 from mrjax.records import DataError, read_jsonl, write_jsonl
 from mrjax.runs import sample
 from mrjax.runs.common import OutputError
+from mrjax.runs.prompt_logprobs import PromptLogprobs
 from mrjax.runs.stops import StopStrings
+from mrjax.sampling.engine import Engine
 from mrjax.sampling.requests import Request, RequestError
-from mrjax.sharding.mesh import MeshError
+from mrjax.sharding.mesh import MeshError, make_mesh
 
 REPO = Path(__file__).resolve().parents[1]
 ONE_DEVICE = 'data:1'
@@ -222,6 +226,73 @@ def test_log_probabilities_of_every_token(model, prompts, tmp_path):
   for row in rows.values():
     assert len(row['logprobs']) == len(row['sampling_logprobs']) == row['num_tokens']
     assert sum(row['logprobs']) == pytest.approx(row['logprob_sum'], abs=1e-4)
+
+
+def test_log_probabilities_of_prompts(whole, model, prompts, tmp_path, monkeypatch):
+  """As transformers has them, in a run that goes on too; each prompt is read once."""
+  torch = pytest.importorskip('torch')
+  from transformers import AutoModelForCausalLM
+
+  read = []
+  score = Engine.score
+
+  def counted(self, texts):
+    read.extend(set(map(tuple, texts)))
+    return score(self, texts)
+
+  monkeypatch.setattr(Engine, 'score', counted)
+  made = config(model, prompts, tmp_path / 'run', prompt_logprobs=True)
+  sample.run(made)
+  rows = rows_of(made.output_dir)
+  plain = rows_of(whole[0].output_dir)
+  hf_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+  tokenizer = load_tokenizer(str(model))
+  for i, beginning in enumerate(BEGINNINGS):
+    ids = tokenizer.encode_prompt(beginning)
+    with torch.no_grad():
+      logps = hf_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logps[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+    for j in range(4):
+      first, *others = rows[f'p{i}', j]['prompt_logprobs']
+      assert first is None and others == pytest.approx(expected, abs=1e-4)
+  strip = lambda row: row.keys() - {'prompt_logprobs'}
+  assert all(strip(rows[name]) == plain[name].keys() for name in plain)
+  assert len(read) == len(set(read)) == 5
+
+  # Of p0 nothing is missing, of p1 two rows apart, of the others all.
+  shard = Path(made.output_dir) / 'samples-00000-of-00001.jsonl'
+  kept = [rows['p0', j] for j in range(4)] + [rows['p1', j] for j in (0, 2)]
+  write_jsonl(shard, kept)
+  read.clear()
+  assert sample.run(made)['num_new_rows'] == 14
+  again = rows_of(made.output_dir)
+  assert len(read) == 4
+  for name, row in rows.items():
+    assert again[name]['prompt_logprobs'] == row['prompt_logprobs']
+
+
+def test_prompts_are_forgotten_when_their_rows_are_done(model):
+  """So that the memory does not grow with the number of problems."""
+  source = resolve_model(str(model))
+  mesh = make_mesh('data:2', jax.devices()[:2])
+  engine = Engine(source.config, source.load_params(mesh), mesh, max_batch=6)
+  requests = [  # the second request asks for more rows of the first prompt
+    Request('p0', tuple(range(5, 45)), 2),
+    Request('p0', tuple(range(5, 45)), 1, first_sample_index=4),
+    *(Request(f'p{i}', tuple(range(9, 9 + i)), 2) for i in range(1, 30)),
+  ]
+  found = PromptLogprobs(engine, requests)
+  (*_, last) = (found.of_row('p0') for _ in range(3))
+  expected = engine.score([requests[0].prompt_ids])[0]
+  assert last[0] is None and last[1:] == pytest.approx(expected[1:], abs=1e-5)
+  assert not found._known
+  for i in range(29, 0, -1):
+    for _ in range(2):
+      assert len(found.of_row(f'p{i}')) == i
+    assert len(found._known) < 6
+  assert not found._known and not found._batches
+  with pytest.raises(KeyError):
+    found.of_row('p3')
 
 
 def test_stop_strings_end_rows_at_the_completing_token(whole, model, tmp_path):

@@ -19,6 +19,7 @@ from mrjax.records import JsonlAppender, Record
 from mrjax.runs import common
 from mrjax.runs.metrics_log import MetricsLog
 from mrjax.runs.progress import Progress
+from mrjax.runs.prompt_logprobs import PromptLogprobs
 from mrjax.runs.sample_shard import (
   Totals,
   check_shards,
@@ -55,6 +56,7 @@ class Config:
   max_batch: int = 256  # rows that run together
   limit: int = 0  # problems; 0 takes all
   logprobs: bool = False  # also write those of every token
+  prompt_logprobs: bool = False  # also write those of every token of the prompt
   truncate_prompts: bool = False  # cut long prompts at their start, not refuse them
   overwrite: bool = False
 
@@ -201,6 +203,7 @@ def _sample(
   batches = engine.generate_batches(
     requests, should_stop=stops.num_tokens_to_keep if stops else None
   )
+  prompt_logprobs = PromptLogprobs(engine, requests) if config.prompt_logprobs else None
   num_left = sum(request.num_samples for request in requests)
   first = jax.process_index() == 0
   log = MetricsLog(Path(config.output_dir)) if first else None
@@ -213,7 +216,10 @@ def _sample(
         prompt_ids = prompts[completion.problem_id]
         text = tokenizer.decode_continuation(prompt_ids, completion.token_ids)
         text = stops.cut(text) if stops else text
-        records.append(_record(completion, text, logprobs=config.logprobs))
+        record = _record(completion, text, logprobs=config.logprobs)
+        if prompt_logprobs:
+          record['prompt_logprobs'] = prompt_logprobs.of_row(completion.problem_id)
+        records.append(record)
       appender.append(records)
       for record in records:
         totals.add(record)
