@@ -17,9 +17,10 @@ from mrjax.models.decoder import Decoder
 from mrjax.sampling import programs
 from mrjax.sampling.compiled import CompiledPrograms
 from mrjax.sampling.lanes import State
-from mrjax.sampling.plan import Layout, plan, text_bucket
+from mrjax.sampling.plan import Layout, plan
 from mrjax.sampling.requests import Completion, Request, check_text, fit_requests
 from mrjax.sampling.schedule import Row, Schedule, Utilisation
+from mrjax.sampling.texts import text_batches
 from mrjax.sampling.weights import split_layers
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, MeshError, batch_shards
 from mrjax.sharding.rules import param_shardings
@@ -134,19 +135,20 @@ class Engine:
     """
     for number, text in enumerate(texts):
       check_text(number, text, self.config, max_length=self.max_length)
-    # By length, so that texts of one batch need about the same number of places.
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     scores: dict[int, np.ndarray] = {}
-    while len(scores) < len(order):
-      bucket = text_bucket(len(texts[order[len(scores)]]))
-      most = min(
-        self.max_batch // self._shards, max(1, programs.PREFILL_TOKENS // bucket)
+    for numbers, tokens_BT, lengths_B in text_batches(
+      texts, max_batch=self.max_batch, shards=self._shards
+    ):
+      logps_BT = self.compiled.call(
+        'score',
+        functools.partial(programs.score, self._decoder),
+        self._params,
+        self._put(tokens_BT),
+        self._put(lengths_B),
+        out_shardings=lambda _: self._by_row,
       )
-      needed = -(-len(order) // self._shards)
-      size = self._shards * min(most, needed)
-      chosen = order[len(scores) : len(scores) + size]
-      results = self._score_batch([texts[i] for i in chosen], size)
-      scores.update(zip(chosen, results, strict=True))
+      for number, logps_T in zip(numbers, jax.device_get(logps_BT)):
+        scores[number] = logps_T[: len(texts[number])]
     return [scores[i] for i in range(len(texts))]
 
   def _serve(
@@ -246,22 +248,6 @@ class Engine:
 
   def _state_shardings(self, state: State) -> State:
     return programs.state_shardings(state, self.mesh)
-
-  def _score_batch(self, texts: Sequence[Sequence[int]], size: int) -> list[np.ndarray]:
-    tokens_BT = np.zeros((size, text_bucket(max(map(len, texts)))), np.int32)
-    lengths_B = np.ones(size, np.int32)
-    for row, text in enumerate(texts):
-      tokens_BT[row, : len(text)] = text
-      lengths_B[row] = len(text)
-    logps_BT = self.compiled.call(
-      'score',
-      functools.partial(programs.score, self._decoder),
-      self._params,
-      self._put(tokens_BT),
-      self._put(lengths_B),
-      out_shardings=lambda _: self._by_row,
-    )
-    return [row[: len(text)] for row, text in zip(jax.device_get(logps_BT), texts)]
 
   @property
   def _by_row(self) -> NamedSharding:
