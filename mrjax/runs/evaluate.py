@@ -68,6 +68,7 @@ def run(config: Config) -> dict[str, Any]:
   rule = config.rule or default_rule(config.prompt_template, problems)
   # A wrong name, mesh or adapter fails before the directory is made.
   model = resolve_adapted(config.model, config.adapter)
+  sample.split_cpu(config, model.source)
   common.start_processes()
   facts = model.adapter_facts(make_mesh(config.mesh, jax.local_devices()))
   output_dir = Path(config.output_dir)

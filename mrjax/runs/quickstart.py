@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mrjax.checkpoint.source import resolve_model
 from mrjax.runs import collect, common, convert, evaluate, grade, report, sample, sft
 
@@ -42,10 +44,29 @@ def run(config: Config) -> dict[str, Any]:
     `before` and `after` (metrics of the evaluations), `selection` (statistics),
     `training` (summary), `seconds` by stage, `hf_dir` and `report` (paths).
   """
+  sampling: dict[str, Any] = {
+    'data_root': config.data_root,
+    'prompt_template': config.prompt_template,
+    'max_new_tokens': config.max_new_tokens,
+    'dtype': config.dtype,
+    'seed': config.seed,
+  }
+  to_train_on = sample.Config(
+    model=config.model,
+    data=config.train_data,
+    output_dir=str(Path(config.output_dir) / 'samples'),
+    num_samples=config.num_samples,
+    temperature=config.temperature,
+    **sampling,
+  )
+  was_split = sample.split_cpu(to_train_on, resolve_model(config.model))
   common.start_processes()
   output_dir = common.prepare_output_dir(
     config.output_dir, config, overwrite=config.overwrite, resume=True
   )
+  # One CPU device trains on all cores.
+  one_trains = was_split and jax.default_backend() == 'cpu'
+  training_devices = jax.devices()[:1] if one_trains else None
   at = lambda name: str(output_dir / name)
   seconds: dict[str, float] = {}
 
@@ -56,14 +77,6 @@ def run(config: Config) -> dict[str, Any]:
     seconds[title] = time.perf_counter() - start
     return result
 
-  sampling: dict[str, Any] = {
-    'data_root': config.data_root,
-    'prompt_template': config.prompt_template,
-    'max_new_tokens': config.max_new_tokens,
-    'dtype': config.dtype,
-    'seed': config.seed,
-  }
-
   def evaluation(model: str, name: str) -> dict[str, Any]:
     return evaluate.run(
       evaluate.Config(
@@ -72,19 +85,7 @@ def run(config: Config) -> dict[str, Any]:
     )
 
   before = stage('evaluate', lambda: evaluation(config.model, 'before'))
-  stage(
-    'sample',
-    lambda: sample.run(
-      sample.Config(
-        model=config.model,
-        data=config.train_data,
-        output_dir=at('samples'),
-        num_samples=config.num_samples,
-        temperature=config.temperature,
-        **sampling,
-      )
-    ),
-  )
+  stage('sample', lambda: sample.run(to_train_on))
   selection = stage('select', lambda: _select(config, output_dir, before['rule']))
   training = stage(
     'fine-tune',
@@ -103,7 +104,8 @@ def run(config: Config) -> dict[str, Any]:
         num_epochs=config.num_epochs,
         learning_rate=config.learning_rate,
         warmup_ratio=0.05,
-      )
+      ),
+      devices=training_devices,
     ),
   )
   after = stage('evaluate again', lambda: evaluation(at('sft'), 'after'))

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mrjax.checkpoint.adapted import AdaptedModel, resolve_adapted
+from mrjax.checkpoint.source import ModelSource
 from mrjax.data.problems import load_problems
 from mrjax.data.prompts import render_prompt
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.records import JsonlAppender, Record
-from mrjax.runs import common
+from mrjax.runs import common, machine
 from mrjax.runs.metrics_log import MetricsLog
 from mrjax.runs.progress import Progress
 from mrjax.runs.prompt_logprobs import PromptLogprobs
@@ -113,6 +115,7 @@ def run(config: Config) -> dict[str, Any]:
     source.config,
     truncate_prompts=config.truncate_prompts,
   )
+  split_cpu(config, source)
   common.start_processes()
   mesh = make_mesh(config.mesh, jax.local_devices())
   check_mesh(source.config, mesh, max_batch=config.max_batch)
@@ -130,6 +133,14 @@ def run(config: Config) -> dict[str, Any]:
     return _run_shard(
       config, model, mesh, tokenizer, stops, requests[process::count], appender
     )
+
+
+def split_cpu(config: Config, source: ModelSource) -> bool:
+  """`machine.split_cpu` for a sampling run of a model; only the first one counts."""
+  dtype = jnp.bfloat16 if config.dtype == 'bfloat16' else jnp.float32
+  return machine.split_cpu(
+    source.param_shapes(dtype), mesh=config.mesh, max_batch=config.max_batch
+  )
 
 
 def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:

@@ -1,7 +1,10 @@
 """Supervised fine-tuning: records in, a run directory with checkpoints out."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from mrjax.data.sft import Example, encode_sft, load_sft_records
 from mrjax.lora import masks
@@ -17,13 +20,19 @@ class Config(training.Config):
   """`data` are SFT records (file, directory, glob) or problems (NAME:SPLIT)."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(
+  config: Config, *, devices: Sequence[jax.Device] | None = None
+) -> dict[str, Any]:
   """Fine-tunes and leaves a run directory that `--model` accepts.
+
+  Args:
+    config: Of the run.
+    devices: To run on; by default all.
 
   Returns:
     See `training.train`.
   """
-  setup = training.start(config)
+  setup = training.start(config, devices=devices)
   plan = training.make_plan(config, setup)
   batches = _batches(config, setup, config.data)
   loss_fn = make_loss_fn(setup.decoder, chunk_size=config.loss_chunk or None)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mrjax.checkpoint.adapters import AdapterSource, resolve_adapter
@@ -37,12 +38,18 @@ class Setup:
   adapter: AdapterSource | None = None
 
 
-def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
+def start(
+  config: Config,
+  *,
+  num_value_outputs: int = 0,
+  devices: Sequence[jax.Device] | None = None,
+) -> Setup:
   """Joins the processes of the run and finds its model; nothing is loaded or written.
 
   Args:
     config: Of the run.
     num_value_outputs: As for `Decoder`.
+    devices: Of the mesh; by default all.
 
   Raises:
     MeshError, ValueError: A mesh that does not fit the devices or the batch.
@@ -53,7 +60,7 @@ def start(config: Config, *, num_value_outputs: int = 0) -> Setup:
   """
   common.start_processes()
   check_output(config)
-  mesh = make_mesh(config.mesh)
+  mesh = make_mesh(config.mesh, devices)
   _check_rows(config, mesh)
   source = resolve_model(config.model)
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))

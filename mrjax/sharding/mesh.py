@@ -14,17 +14,15 @@ class MeshError(ValueError):
   """A mesh that cannot be built, or an array that does not divide over it."""
 
 
-def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
-  """Axis sizes of `spec`, every axis of `AXES` present, product `num_devices`.
+def axis_sizes(spec: str) -> dict[str, int]:
+  """The sizes that `spec` gives, every axis of `AXES` present.
 
   Args:
     spec: `axis:size` pairs with commas between, e.g. `data:1,fsdp:-1,tensor:1`; one
-      size may be -1 and takes the devices that are left; an axis left out is 1.
-    num_devices: Devices to fill.
+      size may be -1, for the devices that are left; an axis left out is 1.
 
   Raises:
-    MeshError: An unknown or repeated axis, a size that is no positive integer, or a
-      product other than `num_devices`.
+    MeshError: An unknown or repeated axis, or a size that is no positive integer.
   """
   sizes: dict[str, int] = {}
   for item in filter(None, (item.strip() for item in spec.split(','))):
@@ -48,6 +46,17 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
     raise MeshError(
       f'Mesh {spec!r}: only one axis may be -1, not {" and ".join(free)}.'
     )
+  return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
+  """Axis sizes of `spec` with product `num_devices`; see `axis_sizes`.
+
+  Raises:
+    MeshError: As `axis_sizes`, or another product.
+  """
+  sizes = axis_sizes(spec)
+  free = [name for name, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free:
     if num_devices % fixed:
@@ -61,7 +70,7 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
       f'Mesh {spec!r} has {fixed} places for {num_devices} devices; they must be '
       'equal. Set one axis to -1 to take what is left.'
     )
-  return {axis: sizes.get(axis, 1) for axis in AXES}
+  return sizes
 
 
 def make_mesh(spec: str, devices=None) -> Mesh:
