@@ -44,6 +44,11 @@ flags.DEFINE_enum(
   'For maj@k: string_first (a tie goes to the first answer) or equivalence (equal '
   'answers vote together, a tie is drawn by --seed).',
 )
+flags.DEFINE_string(
+  'value_model',
+  _D.value_model,
+  'Run of train_value, for best_of@k and, with --vote, weighted_maj@k (Q#-RM).',
+)
 
 
 def main(argv: Sequence[str]) -> None:

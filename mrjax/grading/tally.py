@@ -1,6 +1,8 @@
 """Gathers graded samples by problem and sums them up."""
 
+import array
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +17,15 @@ class _Problem:
   indices: list[int] = dataclasses.field(default_factory=list)
   correct: bytearray = dataclasses.field(default_factory=bytearray)
   answers: list[str | None] = dataclasses.field(default_factory=list)
+  values: array.array = dataclasses.field(default_factory=lambda: array.array('d'))
+  """By a value model; NaN without one, and for samples without an answer."""
 
   def sort(self) -> None:
     """Brings the samples into the order of their index; equal ones stay as read."""
     order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
     self.indices = [self.indices[i] for i in order]
     self.correct = bytearray(self.correct[i] for i in order)
+    self.values = array.array('d', (self.values[i] for i in order))
     if self.answers:
       self.answers = [self.answers[i] for i in order]
 
@@ -46,6 +51,8 @@ class Tally:
     self._num_unanswered = 0
     self._lengths = [0, 0]  # samples with a length, their tokens
     self._ends = [0, 0]  # samples with a finish reason, those cut at the limit
+    self._kls = [0, 0.0]  # samples with a KL, their sum
+    self._num_valued = 0
 
   def add(self, record: Mapping[str, Any]) -> None:
     """Counts a graded sample: `extracted` and `correct`, and what else it carries.
@@ -64,12 +71,18 @@ class Tally:
     problem.correct.append(record['correct'])
     if self._vote:
       problem.answers.append(sys.intern(extracted) if extracted else None)
+    self._num_valued += 'value' in record
+    value = record.get('value') if extracted else None
+    problem.values.append(math.nan if value is None else value)
     if (length := record.get('num_tokens')) is not None:
       self._lengths[0] += 1
       self._lengths[1] += length
     if (reason := record.get('finish_reason')) is not None:
       self._ends[0] += 1
       self._ends[1] += reason == 'length'
+    if (kl := record.get('kl_sum')) is not None:
+      self._kls[0] += 1
+      self._kls[1] += kl
 
   def summary(
     self, *, seed: int = 0, levels: Mapping[str, str | int] | None = None
@@ -83,8 +96,16 @@ class Tally:
     Returns:
       `num_problems`, `num_samples`, `num_correct`, `num_unanswered`, `accuracy` (of all
       samples); `pass@k` and, with a vote, `maj@k`, each {value, low, high}, for
-      k = 1, 2, 4, ... up to the fewest samples of a problem; `mean_length` (tokens) and
-      `truncation_rate` where the samples tell; `by_level`.
+      k = 1, 2, 4, ... up to the fewest samples of a problem; `mean_length` (tokens),
+      `truncation_rate` and `mean_kl` (`kl_sum`, nats a sample) where the samples tell;
+      `by_level`.
+
+      Where every sample carries `value`, the reward that a value model expects, there
+      are also `best_of@k`, whether the sample of the highest value among the first k
+      is right, and, with a vote, `weighted_maj@k`, in which values are weights (Q#-RM,
+      arXiv 2502.20548). A sample without an answer neither wins nor votes; without a
+      value (null) it cannot win and weighs nothing, as one of a value below 0 does.
+      Where only some carry it, `num_without_value` says how many do not.
 
     Raises:
       ValueError: No sample was added.
@@ -106,6 +127,10 @@ class Tally:
       summary['mean_length'] = self._lengths[1] / self._lengths[0]
     if self._ends[0]:
       summary['truncation_rate'] = self._ends[1] / self._ends[0]
+    if self._kls[0]:
+      summary['mean_kl'] = self._kls[1] / self._kls[0]
+    if 0 < self._num_valued < self._num_samples:
+      summary['num_without_value'] = self._num_samples - self._num_valued
     if levels:
       summary['by_level'] = self._by_level(levels, seed)
     return summary
@@ -134,25 +159,45 @@ class Tally:
     values = {
       f'pass@{k}': metrics.pass_at_k(num_samples_P, num_correct_P, k) for k in sizes
     }
+    of_votes = [k for k in sizes if k > 1] or sizes
+    kinds: dict[str, Callable[[str | int, int], bool]] = {}
     if self._vote:
-      for k in sizes:
-        if k > 1 or sizes == [1]:
-          wins = [self._vote_wins(key, k, seed) for key in keys]
-          values[f'maj@{k}'] = np.array(wins, np.float64)
+      kinds['maj'] = lambda key, k: self._vote_wins(key, k, seed)
+    if self._num_valued == self._num_samples:
+      kinds['best_of'] = self._best_wins
+      if self._vote:
+        kinds['weighted_maj'] = lambda key, k: self._vote_wins(
+          key, k, seed, weighted=True
+        )
+    for kind, wins in kinds.items():
+      for k in of_votes:
+        values[f'{kind}@{k}'] = np.array([wins(key, k) for key in keys], np.float64)
     return {
       name: metrics.estimate(values_P, seed=seed).to_dict()
       for name, values_P in values.items()
     }
 
-  def _vote_wins(self, key: str | int, k: int, seed: int) -> bool:
+  def _vote_wins(
+    self, key: str | int, k: int, seed: int, *, weighted: bool = False
+  ) -> bool:
     problem = self._problems[key]
-    answers = problem.answers[:k]
+    answers, weights = problem.answers[:k], None
+    if weighted:
+      weights = [v if 0 < v < math.inf else 0.0 for v in problem.values[:k]]
     if self._vote == 'string_first':
-      winner = votes.string_first(answers)
+      winner = votes.string_first(answers, weights=weights)
     else:
-      winner = votes.equivalence(answers, self._is_equal, seed=f'{seed}/{key}')
+      draw = f'{seed}/{key}'
+      winner = votes.equivalence(answers, self._is_equal, seed=draw, weights=weights)
     # A string is graded alike wherever it comes from, so its first sample tells.
     return winner is not None and bool(problem.correct[answers.index(winner)])
+
+  def _best_wins(self, key: str | int, k: int) -> bool:
+    problem = self._problems[key]
+    values = problem.values[:k]
+    # The values of samples without an answer are NaN already.
+    best = votes.best_of(['an answer'] * len(values), values)
+    return best is not None and bool(problem.correct[best])
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -161,19 +206,28 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     f'{summary["num_correct"]:,} of {summary["num_samples"]:,} samples correct, '
     f'{summary["num_problems"]:,} problems'
   ]
-  lines += [f'  {name:<10} {text}' for name, text in _percentages(summary).items()]
+  shares = _percentages(summary)
+  width = max(10, *map(len, shares))
+  lines += [f'  {name:<{width}} {text}' for name, text in shares.items()]
   for level, values in summary.get('by_level', {}).items():
     name = f'level {level}'
     lines.append(
-      f'  {name:<10} {_percentages(values)["pass@1"]}   '
+      f'  {name:<{width}} {_percentages(values)["pass@1"]}   '
       f'pass@1 of {values["num_problems"]:,} problems'
     )
   if 'mean_length' in summary:
     lines.append(f'  mean length {summary["mean_length"]:.1f} tokens')
   if 'truncation_rate' in summary:
     lines.append(f'  cut at the length limit {100 * summary["truncation_rate"]:.2f}%')
+  if 'mean_kl' in summary:
+    lines.append(f'  mean KL to the reference {summary["mean_kl"]:.3f} nats')
   unanswered = summary['num_unanswered'] / summary['num_samples']
   lines.append(f'  without an answer {100 * unanswered:.2f}%')
+  if 'num_without_value' in summary:
+    lines.append(
+      f'  {summary["num_without_value"]:,} samples carry no value of a value model, '
+      'so there is no best-of-n'
+    )
   for name in ('num_timeouts', 'num_crashes'):
     if summary.get(name):
       lines.append(f'  {name} {summary[name]} (graded as incorrect)')

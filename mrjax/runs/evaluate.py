@@ -10,10 +10,12 @@ from jax.experimental import multihost_utils
 
 from mrjax.checkpoint.adapted import resolve_adapted
 from mrjax.data.problems import Problem, load_problems
+from mrjax.data.tokenization import load_tokenizer
 from mrjax.grading.rules import get_rule
 from mrjax.grading.votes import VOTES
 from mrjax.records import write_jsonl
-from mrjax.runs import common, grade, sample
+from mrjax.runs import common, grade, sample, score
+from mrjax.runs.value_model import resolve_value_model
 from mrjax.sharding.mesh import make_mesh
 
 # A prompt that asks for another form of answer than the reference solution has. By
@@ -39,6 +41,7 @@ class Config(sample.Config):
   temperature: float = 0.0  # 0 is greedy
   rule: str = ''  # grading rule; '' takes the one of the data and the prompt layout
   vote: str = 'string_first'  # for maj@k: 'string_first', 'equivalence' or ''
+  value_model: str = ''  # run of train_value: for best_of@k and weighted_maj@k
 
   def __post_init__(self):
     super().__post_init__()
@@ -53,9 +56,10 @@ def run(config: Config) -> dict[str, Any]:
 
   The directory holds `samples/` (a sampling run), `problems.jsonl`, `graded.jsonl`
   and `metrics.json`: `rule` and the summary of `Tally.summary`, with `by_level` where
-  the problems have levels. A run that was stopped goes on; a finished one is graded
-  again. With several processes, all need to see the directory, and only the first one
-  returns metrics; the others return {}.
+  the problems have levels; with a value model also `valued.jsonl`, the samples with
+  their values. A run that was stopped goes on; a finished one is graded again. With
+  several processes, all need to see the directory, and only the first one returns
+  metrics; the others return {}.
 
   Raises:
     ValueError: What is asked cannot be done; before weights are loaded.
@@ -68,6 +72,12 @@ def run(config: Config) -> dict[str, Any]:
   rule = config.rule or default_rule(config.prompt_template, problems)
   # A wrong name, mesh or adapter fails before the directory is made.
   model = resolve_adapted(config.model, config.adapter)
+  if config.value_model:
+    tokenizer = load_tokenizer(config.tokenizer or str(model.source.hf_dir))
+    source = resolve_value_model(config.value_model)
+    tokenizer.check_same(
+      load_tokenizer(source.hf_dir), f'--value_model={config.value_model}'
+    )
   sample.split_cpu(config, model.source)
   common.start_processes()
   facts = model.adapter_facts(make_mesh(config.mesh, jax.local_devices()))
@@ -87,10 +97,23 @@ def run(config: Config) -> dict[str, Any]:
   _wait_for_all('mrjax evaluation samples')
   if jax.process_index() != 0:
     return {}
+  samples = output_dir / 'samples'
+  if config.value_model:
+    score.run(
+      score.Config(
+        value_model=config.value_model,
+        input=str(samples),
+        output=str(output_dir / 'valued.jsonl'),
+        mesh=config.mesh,
+        dtype=config.dtype,
+        overwrite=True,
+      )
+    )
+    samples = output_dir / 'valued.jsonl'
   return grade.run(
     grade.Config(
       rule=rule,
-      input=str(output_dir / 'samples'),
+      input=str(samples),
       output=str(output_dir / 'graded.jsonl'),
       metrics=str(output_dir / 'metrics.json'),
       vote=config.vote if config.num_samples > 1 else '',

@@ -246,6 +246,8 @@ _TYPES = {
   'options': list | tuple,
   'sample_index': int,
   'num_tokens': int,
+  'value': int | float,
+  'kl_sum': int | float,
 }
 
 
@@ -257,7 +259,7 @@ def _check_types(item: Item, record: Record) -> None:
         item.path,
         item.line,
         f'field {name!r} is {type(value).__name__} {value!r:.80}, want '
-        f'{getattr(kind, "__name__", "list")}',
+        f'{getattr(kind, "__name__", kind)}',
       )
   if not all(isinstance(option, str) for option in record['options'] or ()):
     raise DataError(item.path, item.line, "field 'options' must hold strings")
