@@ -47,6 +47,18 @@ def test_a_resumed_run_keeps_the_time_of_its_start(tmp_path):
   assert (path / 'config.json').read_text() == earlier
 
 
+def test_settings_that_a_kill_left_unfinished_are_none(tmp_path):
+  left = tmp_path / f'.config.json.{"0a" * 16}.tmp'
+  left.write_text('{"conf')
+  config = Config(output_dir=str(tmp_path))
+  common.prepare_output_dir(tmp_path, config, overwrite=False)
+  assert json.loads((tmp_path / 'config.json').read_text())['config']['rate'] == 0.5
+  (tmp_path / 'config.json').unlink()
+  (tmp_path / 'mine.txt').touch()
+  with pytest.raises(OutputError, match='already holds files'):
+    common.prepare_output_dir(tmp_path, config, overwrite=False)
+
+
 def test_fields_that_may_change_and_fields_that_are_new(tmp_path):
   @dataclasses.dataclass(frozen=True)
   class Later(Config):

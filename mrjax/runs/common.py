@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def prepare_output_dir(
     raise OutputError('--output_dir is empty: name a directory for the results.')
   path = Path(path)
   fields = _fields(config, facts)
-  if path.is_dir() and any(path.iterdir()):
+  if path.is_dir() and not _is_empty(path):
     if not overwrite:
       if not resume:
         raise OutputError(
@@ -181,6 +182,14 @@ def resolve_dtype(name: str):
   if name not in dtypes:
     raise ValueError(f'--dtype={name}: want auto, {" or ".join(dtypes)}.')
   return dtypes[name]
+
+
+def _is_empty(folder: Path) -> bool:
+  """Whether a folder holds nothing but what a kill left of a new config.json."""
+  return all(
+    re.fullmatch(r'\.config\.json\.[0-9a-f]{32}\.tmp', path.name)
+    for path in folder.iterdir()
+  )
 
 
 def _obstacle(folder: Path) -> str:
