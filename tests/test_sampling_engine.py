@@ -6,71 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from naive_sampler import (
+  GEMMA2,
+  LLAMA,
+  ONE_DEVICE,
+  forward,
+  init_params,
+  mesh_of,
+  naive_row,
+)
 
-from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling import compiled, programs
 from mrjax.sampling.engine import Engine
-from mrjax.sampling.logits import Controls, row_keys, sample
-from mrjax.sampling.requests import (
-  Request,
-  RequestError,
-  SamplingParams,
-  hash_problem_id,
-)
-from mrjax.sharding.mesh import MeshError, make_mesh
-from mrjax.sharding.rules import param_shardings
-
-LLAMA = DecoderConfig.from_hf(
-  {
-    'architectures': ['LlamaForCausalLM'],
-    'vocab_size': 54,
-    'hidden_size': 16,
-    'intermediate_size': 24,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-    'head_dim': 6,
-    'max_position_embeddings': 128,
-    'initializer_range': 0.6,  # wide, so that the distributions are far from flat
-  }
-)
-GEMMA2 = DecoderConfig.from_hf(
-  {
-    'architectures': ['Gemma2ForCausalLM'],
-    'vocab_size': 54,
-    'hidden_size': 16,
-    'intermediate_size': 24,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 4,
-    'num_key_value_heads': 2,
-    'head_dim': 6,
-    'sliding_window': 5,
-    'attn_logit_softcapping': 50.0,
-    'final_logit_softcapping': 30.0,
-    'max_position_embeddings': 128,
-    'initializer_range': 0.3,
-  }
-)
-ONE_DEVICE = 'data:1'
-
-
-def mesh_of(spec: str):
-  num_devices = 1 if spec == ONE_DEVICE else 8
-  return make_mesh(spec, jax.devices()[:num_devices])
-
-
-@functools.cache
-def init_fn(config):
-  # Cached with its compiled form, as the engines of most tests start from it.
-  return jax.jit(
-    lambda key: Decoder(config).init(key, jnp.zeros((1, 4), jnp.int32))['params']
-  )
-
-
-def init_params(config, mesh):
-  params = init_fn(config)(jax.random.key(5))
-  return jax.device_put(params, param_shardings(params, mesh))
+from mrjax.sampling.requests import Request, RequestError, SamplingParams
+from mrjax.sharding.mesh import MeshError
 
 
 def make_engine(config=LLAMA, spec=ONE_DEVICE, **kwargs) -> Engine:
@@ -90,7 +40,7 @@ def make_requests(num=5, *, num_samples=3, **changes) -> list[Request]:
     {'temperature': 0.9, 'top_p': 0.9},
     {'temperature': 0.0},
     {'temperature': 1.1, 'top_k': 7, 'min_p': 0.02},
-    {'temperature': 1.0},
+    {'temperature': 1.0, 'repetition_penalty': 1.3},
     {'temperature': 0.7, 'top_p': 0.8, 'top_k': 20},
   ]
   return [
@@ -125,44 +75,6 @@ def ids_of(completions) -> dict:
   return {name: row.token_ids for name, row in rows_of(completions).items()}
 
 
-def plain_sampler(config: DecoderConfig, request: Request, sample_index: int):
-  """Tokens and log-probabilities by a full forward over the text for every token."""
-  params = init_params(config, mesh_of(ONE_DEVICE))
-  controls = Controls(
-    temperature_B=jnp.asarray([request.params.temperature], jnp.float32),
-    top_k_B=jnp.asarray([request.params.top_k], jnp.int32),
-    top_p_B=jnp.asarray([request.params.top_p], jnp.float32),
-    min_p_B=jnp.asarray([request.params.min_p], jnp.float32),
-  )
-  key = row_keys(
-    jnp.asarray([request.params.seed], jnp.uint32),
-    hash_problem_id(request.problem_id)[None],
-    jnp.asarray([sample_index], jnp.uint32),
-  )[0]
-  ids, logps, sampling_logps = list(request.prompt_ids), [], []
-  for step in range(request.params.max_new_tokens):
-    padded = ids + [0] * (128 - len(ids))
-    logits_V = _forward(config)(params, jnp.asarray([padded]))[0, len(ids) - 1]
-    drawn = _sample(logits_V[None], controls, jax.random.fold_in(key, step)[None])
-    token, logp, sampling_logp = (x[0].item() for x in drawn)
-    ids.append(token)
-    logps.append(logp)
-    sampling_logps.append(sampling_logp)
-    if token in request.params.stop_ids:
-      break
-  return ids[len(request.prompt_ids) :], logps, sampling_logps
-
-
-_sample = jax.jit(sample)
-
-
-@functools.cache
-def _forward(config):
-  return jax.jit(
-    lambda params, ids_BT: Decoder(config).apply({'params': params}, ids_BT)
-  )
-
-
 @pytest.mark.parametrize('config', [LLAMA, GEMMA2], ids=['llama', 'gemma2'])
 def test_rows_are_those_of_a_plain_sampler(config):
   requests = make_requests()
@@ -171,10 +83,13 @@ def test_rows_are_those_of_a_plain_sampler(config):
   for request in requests:
     for index in (0, 2):
       row = rows[request.problem_id, index]
-      ids, logps, sampling_logps = plain_sampler(config, request, index)
+      naive = naive_row(config, request, index)
+      ids = naive.token_ids
       assert row.token_ids == ids
-      np.testing.assert_allclose(row.logprobs, logps, atol=2e-4)
-      np.testing.assert_allclose(row.sampling_logprobs, sampling_logps, atol=2e-4)
+      np.testing.assert_allclose(row.logprobs, naive.logprobs, atol=2e-4)
+      np.testing.assert_allclose(
+        row.sampling_logprobs, naive.sampling_logprobs, atol=2e-4
+      )
       stopped = ids[-1] in request.params.stop_ids
       assert row.finish_reason == ('stop' if stopped else 'length')
       assert row.num_tokens == len(ids) <= request.params.max_new_tokens
@@ -188,7 +103,7 @@ def test_the_cache_grows_without_a_seam():
   engine = make_engine(max_batch=14)
   row = rows_of(engine.generate([request]))['problem-0', 1]
   assert sum('resize' in name for name in engine.compiled.names) == 1
-  assert row.token_ids == plain_sampler(LLAMA, request, 1)[0]
+  assert row.token_ids == naive_row(LLAMA, request, 1).token_ids
 
 
 def test_rows_do_not_depend_on_order_neighbours_or_batch_size():
@@ -281,9 +196,8 @@ def test_scores_are_the_log_probabilities_of_a_full_forward():
   scores = engine.score(texts)
   params = init_params(LLAMA, mesh_of(ONE_DEVICE))
   for text, logps_T in zip(texts[:5], scores[:5]):
-    logits_TV = _forward(LLAMA)(params, jnp.asarray([text + [0] * (128 - len(text))]))[
-      0
-    ]
+    padded_BT = jnp.asarray([text + [0] * (128 - len(text))])
+    logits_TV = forward(Decoder(LLAMA))(params, padded_BT)[0]
     expected_TV = jax.nn.log_softmax(logits_TV)
     expected_T = [0.0] + [expected_TV[t, text[t + 1]] for t in range(len(text) - 1)]
     np.testing.assert_allclose(logps_T, expected_T, atol=1e-4)

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrjax.losses.value import ValueHead
+from mrjax.losses.value import ValueHead, outputs_of_tokens
 from mrjax.sampling.guidance import (
   GuidanceConfig,
-  candidate_outputs,
   find,
   guide,
   kl_per_token,
   offsets,
-  sampled_values,
   to_code_eta,
   to_paper_eta,
   top_candidates,
@@ -41,6 +39,7 @@ def controls(temperature: float, top_p: float = 1.0) -> Controls:
     top_k_B=jnp.array([0]),
     top_p_B=jnp.array([top_p]),
     min_p_B=jnp.array([0.0]),
+    repetition_penalty_B=jnp.array([1.0]),
   )
 
 
@@ -295,16 +294,24 @@ def test_candidates_are_the_highest_logits_and_the_lowest_ids_of_ties(
   assert ((found_Bk >= 0) & (found_Bk < vocab_size)).all()
 
 
-@pytest.mark.parametrize('head', [BCE, ValueHead('Q', num_atoms=3)])
+@pytest.mark.parametrize('head', [ValueHead('Q', 'bce'), ValueHead('Q', num_atoms=3)])
 def test_a_q_head_gives_the_rows_of_the_candidates(head):
-  num_rows, vocab_size, k = 4, 9, 5
-  names_V = 100 * np.arange(vocab_size)[:, None] + np.arange(head.width)
-  outputs_BO = 1000 * np.arange(num_rows)[:, None] + names_V.reshape(-1)
+  num_rows, vocab_size, k, width = 4, 9, 5, 6
   rng = np.random.default_rng(4)
+  hidden_BD = rng.normal(size=(num_rows, width)).astype(np.float32)
+  kernel_DO = rng.normal(size=(width, vocab_size * head.width)).astype(np.float32)
+  bias_O = rng.normal(size=vocab_size * head.width).astype(np.float32)
   ids_Bk = np.stack([rng.permutation(vocab_size)[:k] for _ in range(num_rows)])
-  found_BkA = candidate_outputs(jnp.asarray(outputs_BO), jnp.asarray(ids_Bk), head)
-  expected_BkA = 1000 * np.arange(num_rows)[:, None, None] + names_V[ids_Bk]
-  assert np.array_equal(found_BkA, expected_BkA)
+  found_BkA = outputs_of_tokens(
+    jnp.asarray(hidden_BD),
+    jnp.asarray(kernel_DO),
+    jnp.asarray(bias_O),
+    jnp.asarray(ids_Bk),
+    head,
+  )
+  whole_BVA = (hidden_BD @ kernel_DO + bias_O).reshape(num_rows, vocab_size, -1)
+  expected_BkA = np.take_along_axis(whole_BVA, ids_Bk[..., None], axis=1)
+  np.testing.assert_allclose(found_BkA, expected_BkA, atol=1e-6)
 
 
 def test_offsets_reach_their_tokens_alone():
@@ -319,18 +326,9 @@ def test_offsets_reach_their_tokens_alone():
   assert np.array_equal(found_BV, expected_BV)
 
 
-def test_values_of_sampled_tokens():
+def test_places_of_sampled_tokens():
   candidates_Bk = jnp.array([[4, 0, 7], [1, 3, 4], [2, 1, 0]])
-  tokens_B = jnp.array([7, 0, 2])
-  assert find(candidates_Bk, tokens_B).tolist() == [2, -1, 0]
-  logits_Bk = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [-1.0, 0.0, 1.0]])
-  found_B = sampled_values(logits_Bk[..., None], candidates_Bk, tokens_B, BCE)
-  expected_B = [1 / (1 + math.exp(-3)), math.nan, 1 / (1 + math.exp(1))]
-  np.testing.assert_allclose(found_B, expected_B, rtol=1e-6)
-  head = ValueHead(num_atoms=2, v_min=2.0, v_max=6.0)
-  both_BkA = jnp.stack([0 * logits_Bk, logits_Bk], axis=-1)
-  found_B = sampled_values(both_BkA, candidates_Bk, tokens_B, head)
-  np.testing.assert_allclose(found_B, 2 + 4 * np.array(expected_B), rtol=1e-6)
+  assert find(candidates_Bk, jnp.array([7, 0, 2])).tolist() == [2, -1, 0]
 
 
 def test_kl_is_that_of_each_row_at_its_temperature():

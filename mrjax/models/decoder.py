@@ -164,6 +164,13 @@ class Decoder(nn.Module):
       lanes: Where its predecessors are; it is written at `lanes.own_lengths_B`.
       cache: Keys and values of all earlier tokens.
     """
+    hidden_BD, cache = self.decode_hidden(tokens_B, lanes, cache)
+    return self.head(hidden_BD[:, None])[:, 0], cache
+
+  def decode_hidden(
+    self, tokens_B: jax.Array, lanes: Lanes, cache: KVCache
+  ) -> tuple[jax.Array, KVCache]:
+    """As `decode`, with hidden states after the final norm [B, D] for head outputs."""
     positions_B1 = (lanes.prefix_lengths_B + lanes.own_lengths_B)[:, None]
     x, inputs = self._begin(tokens_B[:, None], positions_B1, None, lanes.max_lengths_B)
     own = []
@@ -172,7 +179,7 @@ class Decoder(nn.Module):
       x, kv = layer.decode(x, window, inputs, cache.layer(i, lanes))
       own.append(kv)
     own_k, own_v = zip(*own)
-    return self.head(self.final_norm(x))[:, 0], cache.replace(own_k=own_k, own_v=own_v)
+    return self.final_norm(x)[:, 0], cache.replace(own_k=own_k, own_v=own_v)
 
   def peek(self, tokens_BT: jax.Array, lanes: Lanes, cache: KVCache):
     """Head outputs of T tokens a row that could each come next, [B, T, outputs].

@@ -12,13 +12,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mrjax import trees
+from mrjax.losses.value import ValueHead
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling import programs
 from mrjax.sampling.compiled import CompiledPrograms
+from mrjax.sampling.drawing import Models
+from mrjax.sampling.guidance import GuidanceConfig
+from mrjax.sampling.guide import Guide, GuideModel
 from mrjax.sampling.lanes import State
 from mrjax.sampling.plan import Layout, plan
-from mrjax.sampling.requests import Completion, Request, check_text, fit_requests
+from mrjax.sampling.requests import (
+  Completion,
+  Request,
+  check_text,
+  check_unguided,
+  fit_requests,
+)
 from mrjax.sampling.schedule import Row, Schedule, Utilisation
 from mrjax.sampling.texts import text_batches
 from mrjax.sampling.weights import split_layers
@@ -54,6 +64,7 @@ class Engine:
     max_length: int | None = None,
     truncate_prompts: bool = False,
     donate_params: bool = False,
+    guide: Guide | None = None,
   ):
     """Places the weights on the mesh.
 
@@ -70,28 +81,45 @@ class Engine:
         rather than refuse them.
       donate_params: Give back the memory of each stacked leaf as soon as its layers
         are split off, so that the weights are never held twice; `params` is then
-        used up.
+        used up. So are those of the guide.
+      guide: A value model that guides rows with an `eta`; it computes in `dtype` too.
 
     Raises:
       MeshError: The mesh does not divide the weights or `max_batch`.
+      ValueError: The guide has another vocabulary, or cannot guide as it shall.
     """
     self.config, self.mesh = config, mesh
     self.max_batch = max_batch
     self.max_length = max_length or config.max_positions
+    if guide:
+      check_guide(guide.config, guide.head, guide.guidance, config)
+      check_mesh(guide.config, mesh, max_batch=max_batch)
+      self.max_length = min(self.max_length, guide.config.max_positions)
     self.truncate_prompts = truncate_prompts
     self._shards = batch_shards(mesh)
     check_mesh(config, mesh, max_batch=max_batch)
     self._cache_dtype = jnp.dtype(cache_dtype or dtype)
-    self._decoder = Decoder(
-      config,
+    make_decoder = functools.partial(
+      Decoder,
       dtype=dtype,
       scan_layers=False,
       # Costs accelerators time, and their products are not reproducible to the bit.
       fixed_tiles=mesh.devices.flat[0].platform == 'cpu',
     )
-    self._params = split_layers(params, mesh, dtype=dtype, donate=donate_params)
+    place = functools.partial(
+      split_layers, mesh=mesh, dtype=dtype, donate=donate_params
+    )
+    self._models = Models(make_decoder(config))
+    self._weights = (place(params), None)
+    if guide:
+      outputs = guide.head.num_outputs(guide.config.vocab_size)
+      decoder = make_decoder(guide.config, num_value_outputs=outputs)
+      self._models = Models(
+        self._models.decoder, GuideModel(decoder, guide.head, guide.guidance)
+      )
+      self._weights = (self._weights[0], place(guide.params))
     self.utilisation, self.cache_bytes = Utilisation(), 0
-    self.compiled = CompiledPrograms(mesh, owner=(config, jnp.dtype(dtype)))
+    self.compiled = CompiledPrograms(mesh, owner=self._models)
 
   def generate(
     self, requests: Sequence[Request], *, should_stop: ShouldStop | None = None
@@ -123,6 +151,8 @@ class Engine:
       max_length=self.max_length,
       truncate_prompts=self.truncate_prompts,
     )
+    if self._models.guide is None:
+      check_unguided(requests)
     return self._serve(requests, should_stop) if requests else iter(())
 
   def score(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -141,8 +171,8 @@ class Engine:
     ):
       logps_BT = self.compiled.call(
         'score',
-        functools.partial(programs.score, self._decoder),
-        self._params,
+        functools.partial(programs.score, self._models.decoder),
+        self._weights[0],
         self._put(tokens_BT),
         self._put(lengths_B),
         out_shardings=lambda _: self._by_row,
@@ -163,18 +193,22 @@ class Engine:
     schedule = Schedule(requests, layout, shards=self._shards)
     num_lanes = self._shards * layout.lanes
     lengths_B = np.zeros(num_lanes, np.int32)  # own places that are taken
-    state = self._empty_state(layout, schedule.num_stops)
+    state = self._empty_state(
+      layout, schedule.num_stops, any(request.penalises for request in requests)
+    )
     places = layout.place_buckets[0]
     ended = np.zeros(num_lanes, bool)  # by the host
     self.utilisation = Utilisation()
-    self.cache_bytes = trees.num_bytes(state.cache)
+    self.cache_bytes = trees.num_bytes((state.cache, state.guide_cache))
     while not schedule.done:
       for prompts in schedule.next_prompts():
         state = self._fill(state, prompts)
       needed = min(int(lengths_B.max()) + STEPS_A_DISPATCH, layout.place_buckets[-1])
       if (fit := min(c for c in layout.place_buckets if c >= needed)) != places:
         state, places = self._resize(state, fit), fit
-        self.cache_bytes = max(self.cache_bytes, trees.num_bytes(state.cache))
+        self.cache_bytes = max(
+          self.cache_bytes, trees.num_bytes((state.cache, state.guide_cache))
+        )
       most_idle = layout.lanes // 16 if schedule.waiting else layout.lanes
       state, log = self._go_on(state, ended, most_idle)
       log, lanes = jax.device_get((log, state.lanes))
@@ -196,18 +230,20 @@ class Engine:
       if completions:
         yield completions
 
-  def _empty_state(self, layout: Layout, num_stops: int) -> State:
+  def _empty_state(self, layout: Layout, num_stops: int, penalises: bool) -> State:
     make = functools.partial(
       programs.empty_state,
-      self.config,
+      self._models,
       self._cache_dtype,
       layout,
       num_places=layout.place_buckets[0],
       shards=self._shards,
       num_stops=num_stops,
+      penalises=penalises,
     )
     return self.compiled.call(
-      f'empty {layout} for {num_stops} stop ids in {self._cache_dtype}',
+      f'empty {layout} for {num_stops} stop ids in {self._cache_dtype}'
+      + ' with penalties' * penalises,
       make,
       out_shardings=self._state_shardings,
     )
@@ -215,8 +251,8 @@ class Engine:
   def _fill(self, state: State, prompts: programs.Prompts) -> State:
     return self.compiled.call(
       'fill',
-      programs.fill_program(self._decoder, self.mesh),
-      self._params,
+      programs.fill_program(self._models, self.mesh),
+      self._weights,
       state,
       self._put(prompts),
       out_shardings=self._state_shardings,
@@ -226,8 +262,8 @@ class Engine:
   def _go_on(self, state: State, ended_B: np.ndarray, most_idle: int):
     return self.compiled.call(
       'decode',
-      programs.decode_program(self._decoder, self.mesh, num_steps=STEPS_A_DISPATCH),
-      self._params,
+      programs.decode_program(self._models, self.mesh, num_steps=STEPS_A_DISPATCH),
+      self._weights,
       state,
       self._put(ended_B),
       self._put(np.full(self._shards, most_idle, np.int32)),
@@ -271,6 +307,26 @@ def check_mesh(config: DecoderConfig, mesh: Mesh, *, max_batch: int) -> None:
   param_shardings(jax.eval_shape(init)['params'], mesh)
 
 
+def check_guide(
+  config: DecoderConfig,
+  head: ValueHead,
+  guidance: GuidanceConfig,
+  guided: DecoderConfig,
+) -> None:
+  """Raises ValueError where a value model cannot guide a model of `guided`.
+
+  That they share a tokenizer shows in the tokenizers alone; the number of token ids is
+  what can be seen here.
+  """
+  if config.vocab_size != guided.vocab_size:
+    raise ValueError(
+      f'the guide has {config.vocab_size:,} token ids and the model '
+      f'{guided.vocab_size:,}: a guide must have been trained with the tokenizer of '
+      'the model it guides.'
+    )
+  guidance.check(head, vocab_size=guided.vocab_size)
+
+
 def _completion(row: Row, keep: int | None) -> Completion:
   """The completion of a row that has ended, by `should_stop` where it said how."""
   num_tokens = len(row.token_ids) if keep is None else keep
@@ -288,4 +344,6 @@ def _completion(row: Row, keep: int | None) -> Completion:
     logprobs=row.logprobs[:num_tokens],
     sampling_logprobs=row.sampling_logprobs[:num_tokens],
     seed=params.seed,
+    values=row.values[:num_tokens] if row.values and params.eta else None,
+    kls=row.kls[:num_tokens] if row.kls else None,
   )

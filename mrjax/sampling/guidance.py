@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mrjax.losses.value import ValueHead, expected_rewards
+from mrjax.sampling.logits import Array
 
 MODES = {  # and the losses that train a value model for each
   'bernoulli': ('bce', 'mse'),
@@ -148,20 +149,6 @@ def top_candidates(logits_BV: jax.Array, k: int) -> jax.Array:
   return chosen_Bk * _BLOCK + place_Bk % _BLOCK
 
 
-def candidate_outputs(
-  value_outputs_BO: jax.Array, candidates_Bk: jax.Array, head: ValueHead
-) -> jax.Array:
-  """What a 'Q' head says of the candidates, [B, k, width].
-
-  Args:
-    value_outputs_BO: All outputs at the last token; token-major, O = V * width.
-    candidates_Bk: int32 token ids.
-    head: Of type 'Q'.
-  """
-  outputs_BVA = value_outputs_BO.reshape(value_outputs_BO.shape[0], -1, head.width)
-  return jnp.take_along_axis(outputs_BVA, candidates_Bk[:, :, None], axis=1)
-
-
 def offsets(
   value_outputs_BkA: jax.Array,
   eta_B: jax.Array,
@@ -216,28 +203,8 @@ def find(candidates_Bk: jax.Array, tokens_B: jax.Array) -> jax.Array:
   return jnp.where(is_it_Bk.any(axis=-1), place_B, -1)
 
 
-def sampled_values(
-  value_outputs_BkA: jax.Array,
-  candidates_Bk: jax.Array,
-  tokens_B: jax.Array,
-  head: ValueHead,
-) -> jax.Array:
-  """The reward that the value model expects after each row's token, float32 [B].
-
-  NaN if the token is no candidate: nothing was computed for it. (A 'Q' head knows of
-  all tokens: `candidate_outputs` of `tokens_B[:, None]`.) Of a head that was trained
-  for 'expectation' it is the mean of exp(eta * (reward - 1)).
-  """
-  place_B = find(candidates_Bk, tokens_B)
-  outputs_B1A = jnp.take_along_axis(
-    value_outputs_BkA, jnp.maximum(place_B, 0)[:, None, None], axis=1
-  )
-  values_B = expected_rewards(outputs_B1A[:, 0], head)
-  return jnp.where(place_B < 0, jnp.nan, values_B)
-
-
 def kl_per_token(
-  weights_BV: jax.Array, reference_logits_BV: jax.Array, temperature_B: jax.Array
+  weights_BV: jax.Array, reference_logits_BV: jax.Array, temperature_B: Array
 ) -> jax.Array:
   """KL from the reference to the distribution that is drawn from, in nats [B].
 

@@ -22,6 +22,7 @@ class Samples(flax.struct.PyTreeNode):
     seeds: uint32 seed of the request.
     problem_hashes: uint32 (..., 2), halves of a 64-bit hash of the problem's id.
     indices: uint32 index of the row among the samples of its problem.
+    etas: float32 strength of guidance.
     max_new_tokens: int32.
     stop_ids: int32 (..., E) ids that end a row, -1 where there are fewer.
   """
@@ -30,6 +31,7 @@ class Samples(flax.struct.PyTreeNode):
   seeds: Array
   problem_hashes: Array
   indices: Array
+  etas: Array
   max_new_tokens: Array
   stop_ids: Array
 
@@ -75,12 +77,34 @@ class LaneState(flax.struct.PyTreeNode):
   running: jax.Array
 
 
+class Seen(flax.struct.PyTreeNode):
+  """Which tokens a text holds, for repetition penalties.
+
+  Attributes:
+    prompts_GWV: bool, of the prompts in slots.
+    rows_BV: bool, of the prompt and the row of each lane.
+  """
+
+  prompts_GWV: jax.Array
+  rows_BV: jax.Array
+
+
 class State(flax.struct.PyTreeNode):
-  """All that lives on the device between dispatches."""
+  """All that lives on the device between dispatches.
+
+  Attributes:
+    cache: Of the decoder.
+    slots: The prompts.
+    lanes: The rows.
+    seen: None where no row has a repetition penalty.
+    guide_cache: None without a guide.
+  """
 
   cache: KVCache
   slots: Slots
   lanes: LaneState
+  seen: Seen | None = None
+  guide_cache: KVCache | None = None
 
 
 def empty_slots(shape: tuple[int, ...], num_samples: int, num_stops: int) -> Slots:
@@ -99,10 +123,12 @@ def empty_slots(shape: tuple[int, ...], num_samples: int, num_stops: int) -> Slo
         top_k_B=zeros(np.int32),
         top_p_B=zeros(np.float32) + 1,
         min_p_B=zeros(np.float32),
+        repetition_penalty_B=zeros(np.float32) + 1,
       ),
       seeds=zeros(np.uint32),
       problem_hashes=np.zeros((*shape, num_samples, 2), np.uint32),
       indices=zeros(np.uint32),
+      etas=zeros(np.float32),
       max_new_tokens=zeros(np.int32),
       stop_ids=np.full((*shape, num_samples, num_stops), -1, np.int32),
     ),
@@ -173,6 +199,13 @@ def places_of(slots: Slots, lanes: LaneState) -> Lanes:
   """Where the rows stand in the cache."""
   at = lambda x_GW: jnp.asarray(x_GW)[_groups(slots, lanes), lanes.slots]
   return Lanes(lanes.slots, at(slots.lengths), lanes.own_lengths, at(slots.max_lengths))
+
+
+def see_prompts(seen: Seen, slots: Slots, lanes: LaneState) -> Seen:
+  """With the prompts of the rows that begin in place of what their lanes had seen."""
+  begins_B = lanes.running & (lanes.own_lengths == 0)
+  prompts_BV = seen.prompts_GWV[_groups(slots, lanes), lanes.slots]
+  return seen.replace(rows_BV=jnp.where(begins_B[:, None], prompts_BV, seen.rows_BV))
 
 
 def keys_of(samples: Samples, own_lengths_B: jax.Array) -> jax.Array:

@@ -41,19 +41,17 @@ class Controls(flax.struct.PyTreeNode):
     min_p_B: float32 in [0, 1]; tokens at least `min_p` times as likely as the most
       likely one are kept. 0 keeps all.
     repetition_penalty_B: float32 > 0, for `penalize`, which `sample` leaves to its
-      caller; 1 changes nothing. None where nothing is penalised.
+      caller; 1 changes nothing.
   """
 
   temperature_B: Array
   top_k_B: Array
   top_p_B: Array
   min_p_B: Array
-  repetition_penalty_B: Array | None = None
+  repetition_penalty_B: Array
 
 
-def penalize(
-  logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array
-) -> jax.Array:
+def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: Array) -> jax.Array:
   """Logits whose seen tokens are less likely where the penalty is over 1, float32.
 
   Section 4.1 of Keskar et al. 2019, https://arxiv.org/abs/1909.05858, as transformers
@@ -86,6 +84,17 @@ def mark_seen(seen_BV: jax.Array, tokens: jax.Array) -> jax.Array:
   rows = jnp.arange(seen_BV.shape[0]).reshape(-1, *(1,) * (tokens.ndim - 1))
   places = jnp.where(tokens < 0, seen_BV.shape[1], tokens)
   return seen_BV.at[rows, places].set(True, mode='drop')
+
+
+def without_filters_where_greedy(controls: Controls) -> Controls:
+  """The controls, with the filters off in rows of temperature 0, which ignore them."""
+  greedy_B = controls.temperature_B <= 0
+  off = lambda value, x_B: jnp.where(greedy_B, value, x_B)
+  return controls.replace(
+    top_k_B=off(0, controls.top_k_B),
+    top_p_B=off(1.0, controls.top_p_B),
+    min_p_B=off(0.0, controls.min_p_B),
+  )
 
 
 def scale_and_filter(logits_BV: jax.Array, controls: Controls) -> jax.Array:
@@ -124,6 +133,7 @@ def sample(
   keys_B: jax.Array,
   *,
   shaped_BV: jax.Array | None = None,
+  weights_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws one token a row.
 
@@ -133,6 +143,7 @@ def sample(
     keys_B: A typed random key for each row, used up by this call.
     shaped_BV: The logits to draw from where they are not the model's own (penalised,
       guided), before temperature and filters.
+    weights_BV: What `scale_and_filter` makes of them, where it is known already.
 
   Returns:
     Tokens, int32 [B]; their log-probability under the model, by `logits_BV`, float32
@@ -148,9 +159,11 @@ def sample(
     return _first_best(shaped_BV), jnp.zeros_like(controls.min_p_B)
 
   def draw_some():
-    weights_BV = scale_and_filter(shaped_BV, controls)
-    tokens_B, total_B = draw(weights_BV, keys_B)
-    drawn_B = jnp.take_along_axis(weights_BV, tokens_B[:, None], axis=-1)[:, 0]
+    kept_BV = weights_BV
+    if kept_BV is None:
+      kept_BV = scale_and_filter(shaped_BV, controls)
+    tokens_B, total_B = draw(kept_BV, keys_B)
+    drawn_B = jnp.take_along_axis(kept_BV, tokens_B[:, None], axis=-1)[:, 0]
     tokens_B = jax.lax.cond(
       jnp.any(greedy_B),
       lambda: jnp.where(greedy_B, _first_best(shaped_BV), tokens_B),
@@ -334,8 +347,9 @@ def _log(x_B: jax.Array) -> jax.Array:
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-  """int32 that compare as the float32 do; adding 0.0 merges the two zeros."""
-  return _flip_negative(jax.lax.bitcast_convert_type(x + 0.0, jnp.int32))
+  """int32 that compare as the float32 do; the two zeros are one."""
+  x = jnp.where(x == 0, 0.0, x)
+  return _flip_negative(jax.lax.bitcast_convert_type(x, jnp.int32))
 
 
 def _from_ordered_bits(bits: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ def plan(
     ),
     group_size=size,
     slots=slots,
-    slot_places=slot_bucket(max(len(request.prompt_ids) - 1 for request in requests)),
+    slot_places=slot_bucket(max(len(request.prompt_ids) for request in requests)),
     slot_samples=samples,
     place_buckets=place_buckets(max(request.max_new_tokens for request in requests)),
   )

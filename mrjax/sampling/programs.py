@@ -11,47 +11,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mrjax.models.cache import empty_cache
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
+from mrjax.sampling.drawing import Log, Models, after_token, draw_tokens
 from mrjax.sampling.lanes import (
-  LaneState,
+  Seen,
   Slots,
   State,
   empty_slots,
   idle_lanes,
-  keys_of,
   num_refillable,
-  places_of,
-  samples_of,
-  take_samples,
 )
-from mrjax.sampling.logits import Array, sample
+from mrjax.sampling.logits import Array, mark_seen
 from mrjax.sampling.plan import Layout
-from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards, constrain
+from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards
 
 PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
 _BY_STEP = PartitionSpec(None, BATCH_AXES)
-
-
-class Log(NamedTuple):
-  """What a dispatch did, T steps of B lanes.
-
-  Attributes:
-    tokens_TB: int32 tokens drawn.
-    logps_TB: float32, under the model; not finite where its logits were not.
-    sampling_logps_TB: float32, under the distribution drawn from.
-    owners_TB: int32 slot * (samples of a slot) + sample whose token it is, or -1.
-  """
-
-  tokens_TB: jax.Array
-  logps_TB: jax.Array
-  sampling_logps_TB: jax.Array
-  owners_TB: jax.Array
 
 
 class Prompts(NamedTuple):
   """Prompts to put in slots, N of them; those from `number` on are none.
 
   Attributes:
-    tokens_NS: int32, right-padded, without their last tokens.
+    tokens_NS: int32, right-padded.
     groups_N: int32 group of each.
     slots_N: int32 slot.
     entries: What the slots hold then, leading axis N.
@@ -66,43 +47,56 @@ class Prompts(NamedTuple):
 
 
 def empty_state(
-  config: DecoderConfig,
+  models: Models,
   cache_dtype: Any,
   layout: Layout,
   *,
   num_places: int,
   shards: int,
   num_stops: int,
+  penalises: bool = False,
 ) -> State:
   """A state without rows, of all shards.
 
   Args:
-    config: The decoder's.
+    models: What draws.
     cache_dtype: See `empty_cache`.
     layout: Of a shard.
     num_places: Own places of a row at first.
     shards: Number of data shards.
     num_stops: Room for stop ids of a row.
+    penalises: Whether some rows have a repetition penalty.
   """
-  cache = empty_cache(
-    config,
-    cache_dtype,
-    num_groups=shards * layout.groups,
-    num_slots=layout.slots,
-    slot_places=layout.slot_places,
-    num_rows=shards * layout.lanes,
-    num_places=num_places,
-  )
+  rows, vocab_size = shards * layout.lanes, models.decoder.config.vocab_size
   shape = shards * layout.groups, layout.slots
-  slots = empty_slots(shape, layout.slot_samples, num_stops)
+
+  def cache_of(config: DecoderConfig):
+    return empty_cache(
+      config,
+      cache_dtype,
+      num_groups=shape[0],
+      num_slots=layout.slots,
+      slot_places=layout.slot_places,
+      num_rows=rows,
+      num_places=num_places,
+    )
+
+  seen = None
+  if penalises:
+    seen = Seen(
+      jnp.zeros((*shape, vocab_size), bool), jnp.zeros((rows, vocab_size), bool)
+    )
   return State(
-    cache, jax.tree.map(jnp.asarray, slots), idle_lanes(shards * layout.lanes)
+    cache_of(models.decoder.config),
+    jax.tree.map(jnp.asarray, empty_slots(shape, layout.slot_samples, num_stops)),
+    idle_lanes(rows),
+    seen,
+    cache_of(models.guide.decoder.config) if models.guide else None,
   )
 
 
-def fill(decoder: Decoder, params: Any, state: State, prompts: Prompts) -> State:
+def fill(models: Models, weights: Any, state: State, prompts: Prompts) -> State:
   """Reads prompts, once each, as many at a time as `PREFILL_TOKENS` allows."""
-  apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
   N, S = prompts.tokens_NS.shape
   G = state.slots.lengths.shape[0]
   size = min(N, max(1, PREFILL_TOKENS // S))
@@ -110,29 +104,53 @@ def fill(decoder: Decoder, params: Any, state: State, prompts: Prompts) -> State
   # Those beyond the last are put out of range, and so dropped.
   groups_N = jnp.where(jnp.arange(N) < number, prompts.groups_N, G)
 
-  def read(i, cache):
-    start = jnp.minimum(i * size, N - size)
-    take = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)
-    prefix = apply(
-      take(prompts.tokens_NS),
-      lengths_P=take(prompts.entries.lengths),
-      max_lengths_P=take(prompts.entries.max_lengths),
-      method='prefill',
-    )
-    return cache.fill_slots(prefix, take(groups_N), take(prompts.slots_N))
+  def read_into(cache, decoder, params, lengths_N):
+    apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
 
-  cache = jax.lax.fori_loop(0, -(-number // size), read, state.cache)
-  slots = jax.tree.map(
-    lambda x, new: x.at[groups_N, prompts.slots_N].set(new, mode='drop'),
-    state.slots,
-    prompts.entries,
+    def read(i, cache):
+      start = jnp.minimum(i * size, N - size)
+      take = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)
+      prefix = apply(
+        take(prompts.tokens_NS),
+        lengths_P=take(lengths_N),
+        max_lengths_P=take(prompts.entries.max_lengths),
+        method='prefill',
+      )
+      return cache.fill_slots(prefix, take(groups_N), take(prompts.slots_N))
+
+    return jax.lax.fori_loop(0, -(-number // size), read, cache)
+
+  lengths_N = prompts.entries.lengths
+  state = state.replace(
+    cache=read_into(state.cache, models.decoder, weights[0], lengths_N),
+    slots=jax.tree.map(
+      lambda x, new: x.at[groups_N, prompts.slots_N].set(new, mode='drop'),
+      state.slots,
+      prompts.entries,
+    ),
   )
-  return state.replace(cache=cache, slots=slots)
+  if models.guide:
+    cache = read_into(
+      state.guide_cache,
+      models.guide.decoder,
+      weights[1],
+      models.guide.num_read(lengths_N),
+    )
+    state = state.replace(guide_cache=cache)
+  if state.seen is not None:
+    is_prompt_NS = jnp.arange(S) <= jnp.asarray(lengths_N)[:, None]
+    tokens_NS = jnp.where(is_prompt_NS, prompts.tokens_NS, -1)
+    seen_NV = mark_seen(jnp.zeros((N, state.seen.rows_BV.shape[1]), bool), tokens_NS)
+    prompts_GWV = state.seen.prompts_GWV.at[groups_N, prompts.slots_N].set(
+      seen_NV, mode='drop'
+    )
+    state = state.replace(seen=state.seen.replace(prompts_GWV=prompts_GWV))
+  return state
 
 
 def go_on(
-  decoder: Decoder,
-  params: Any,
+  models: Models,
+  weights: Any,
   state: State,
   stopped_B: jax.Array,
   most_idle: jax.Array,
@@ -142,50 +160,39 @@ def go_on(
   """Draws tokens, and hands lanes whose rows have ended the next samples.
 
   Args:
-    decoder: With `scan_layers=False`.
-    params: Its parameters.
+    models: What draws.
+    weights: Of the models.
     state: Is used up.
     stopped_B: True for lanes whose rows the host has ended.
     most_idle: int32; the loop is left when more lanes than this are idle which new
       prompts would let go on.
     num_steps: T, most tokens a lane.
   """
-  apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
   B = state.lanes.running.shape[0]
-  samples_a_slot = state.slots.samples.seeds.shape[2]
+  guided = models.guide is not None
   empty_TB = jnp.zeros((num_steps, B), jnp.float32)
   log = Log(
     jnp.zeros((num_steps, B), jnp.int32),
     empty_TB,
     empty_TB,
     jnp.full((num_steps, B), -1, jnp.int32),
+    empty_TB if guided else None,
+    empty_TB if guided else None,
   )
 
   def draw_next(carry):
     step, state, log, _ = carry
-    slots, lanes = take_samples(state.slots, state.lanes)
-    samples = samples_of(slots, lanes)
-    logits_BV, cache = apply(
-      lanes.tokens,
-      places_of(slots, lanes),
-      state.cache,
-      method='decode',
+    state, samples, entry = draw_tokens(models, weights, state)
+    log = jax.tree.map(
+      lambda x_TB, x_B: jax.lax.dynamic_update_index_in_dim(x_TB, x_B, step, axis=0),
+      log,
+      entry,
     )
-    # Whole rows of the vocabulary on each device: the filters read all of it.
-    logits_BV = constrain(logits_BV, BATCH_AXES, None)
-    drawn = sample(logits_BV, samples.controls, keys_of(samples, lanes.own_lengths))
-    owners_B = lanes.slots * samples_a_slot + lanes.samples
-    entry = (*drawn, jnp.where(lanes.running, owners_B, -1))
-    log = Log(
-      *(
-        jax.lax.dynamic_update_index_in_dim(x_TB, x_B, step, axis=0)
-        for x_TB, x_B in zip(log, entry)
-      )
-    )
-    lanes = _after_token(lanes, samples, *drawn[:2])
+    slots = state.slots
+    lanes = after_token(state.lanes, samples, entry.tokens_TB, entry.logps_TB)
     can_go_on = lanes.running.any() | (slots.num_started < slots.num_samples).any()
     leave = ~can_go_on | (num_refillable(slots, lanes) > most_idle)
-    return step + 1, State(cache, slots, lanes), log, leave
+    return step + 1, state.replace(lanes=lanes), log, leave
 
   lanes = state.lanes.replace(
     own_lengths=jnp.where(stopped_B, 0, state.lanes.own_lengths),
@@ -198,38 +205,25 @@ def go_on(
   return state, log
 
 
-def _after_token(lanes: LaneState, samples, tokens_B, logps_B) -> LaneState:
-  """The lanes with their new tokens; rows that these end are no longer running."""
-  num_drawn_B = lanes.own_lengths + 1
-  stops_B = (tokens_B[:, None] == samples.stop_ids).any(axis=1)
-  ends_B = stops_B | (num_drawn_B >= samples.max_new_tokens) | ~jnp.isfinite(logps_B)
-  running_B = lanes.running & ~ends_B
-  return lanes.replace(
-    tokens=jnp.where(running_B, tokens_B, lanes.tokens),
-    own_lengths=jnp.where(running_B, num_drawn_B, 0),
-    running=running_B,
-  )
-
-
-def fill_program(decoder: Decoder, mesh: Mesh) -> Callable[..., State]:
-  """`fill` by each data shard for itself: from parameters, state and prompts.
+def fill_program(models: Models, mesh: Mesh) -> Callable[..., State]:
+  """`fill` by each data shard for itself: from weights, state and prompts.
 
   The arrays of all shards stand behind one another, those of `Prompts` too. Tensor
   parallelism inside a shard is left to the compiler.
   """
-  return _by_shard(functools.partial(fill, decoder), mesh, (BATCH, BATCH), BATCH)
+  return _by_shard(functools.partial(fill, models), mesh, (BATCH, BATCH), BATCH)
 
 
 def decode_program(
-  decoder: Decoder, mesh: Mesh, *, num_steps: int
+  models: Models, mesh: Mesh, *, num_steps: int
 ) -> Callable[..., tuple[State, Log]]:
   """`go_on` by each data shard for itself.
 
-  Takes parameters, state, `stopped_B` of all shards and `most_idle` of each [shards].
+  Takes weights, state, `stopped_B` of all shards and `most_idle` of each [shards].
   """
 
-  def run(params, state, stopped_B, most_idle_1):
-    return go_on(decoder, params, state, stopped_B, most_idle_1[0], num_steps=num_steps)
+  def run(weights, state, stopped_B, most_idle_1):
+    return go_on(models, weights, state, stopped_B, most_idle_1[0], num_steps=num_steps)
 
   return _by_shard(run, mesh, (BATCH, BATCH, BATCH), (BATCH, _BY_STEP))
 
@@ -251,8 +245,10 @@ def state_shardings(state: State, mesh: Mesh) -> State:
   """Where a state lives: groups and rows over the batch axes, heads over tensor."""
   at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
   shardings = jax.tree.map(lambda _: at(BATCH_AXES), state)
-  cache = jax.tree.map(lambda _: at(BATCH_AXES, 'tensor'), state.cache)
-  return shardings.replace(cache=cache)
+  by_head = lambda cache: jax.tree.map(lambda _: at(BATCH_AXES, 'tensor'), cache)
+  return shardings.replace(
+    cache=by_head(state.cache), guide_cache=by_head(state.guide_cache)
+  )
 
 
 def log_shardings(log: Log, mesh: Mesh) -> Log:
@@ -262,7 +258,8 @@ def log_shardings(log: Log, mesh: Mesh) -> Log:
 
 def resize(state: State, *, num_places: int) -> State:
   """The same state with another number of own places; all rows must fit."""
-  return state.replace(cache=state.cache.resize(num_places))
+  guide_cache = state.guide_cache and state.guide_cache.resize(num_places)
+  return state.replace(cache=state.cache.resize(num_places), guide_cache=guide_cache)
 
 
 def score(

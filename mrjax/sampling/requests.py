@@ -23,6 +23,8 @@ class SamplingParams:
   top_p: float = 1.0
   top_k: int = 0  # 0 keeps all
   min_p: float = 0.0
+  repetition_penalty: float = 1.0  # above 1, tokens seen are less likely; 1 is off
+  eta: float = 0.0  # strength of guidance, see `guidance`; 0 decodes plainly
   max_new_tokens: int = 256
   seed: int = 0
   stop_ids: tuple[int, ...] = ()  # a row ends with the first of these
@@ -38,6 +40,15 @@ class SamplingParams:
       raise RequestError(f'top_k is {self.top_k}, want an integer >= 0 (0 keeps all).')
     if not 0 <= self.min_p <= 1:
       raise RequestError(f'min_p is {self.min_p}, want 0 <= min_p <= 1 (0 keeps all).')
+    if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+      raise RequestError(
+        f'repetition_penalty is {self.repetition_penalty}, want a finite number > 0 '
+        '(1 changes nothing).'
+      )
+    if not (math.isfinite(self.eta) and self.eta >= 0):
+      raise RequestError(
+        f'eta is {self.eta}, want a finite strength >= 0 (0 decodes plainly).'
+      )
     if self.max_new_tokens < 1:
       raise RequestError(f'max_new_tokens is {self.max_new_tokens}, want at least 1.')
     if not 0 <= self.seed < 1 << 32:
@@ -94,6 +105,11 @@ class Request:
     """Those of any sample."""
     return {i for params in set(self.params_by_sample()) for i in params.stop_ids}
 
+  @property
+  def penalises(self) -> bool:
+    """Whether any sample has a repetition penalty."""
+    return any(p.repetition_penalty != 1 for p in set(self.params_by_sample()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -103,7 +119,9 @@ class Completion:
   when `finish_reason` is `stop`; `length` means that `max_new_tokens` cut it, and
   `error` that the model gave no finite logits for a next token.
   `logprobs` are the model's own (before temperature and filters), `sampling_logprobs`
-  those of the distribution drawn from; one a token, in nats.
+  those of the distribution drawn from; one a token, in nats. With a guide, `values` are
+  the rewards that it expects after each token, None for rows of eta 0, and `kls` the
+  divergences from the model of what was drawn from, in nats (`guidance.kl_per_token`).
   """
 
   problem_id: str
@@ -113,6 +131,8 @@ class Completion:
   logprobs: list[float]
   sampling_logprobs: list[float]
   seed: int
+  values: list[float] | None = None
+  kls: list[float] | None = None
 
   @property
   def num_tokens(self) -> int:
@@ -166,6 +186,17 @@ def fit_requests(
       max_length,
     )
   return fitting
+
+
+def check_unguided(requests: Sequence[Request]) -> None:
+  """Raises `RequestError` for an `eta` where there is no guide."""
+  for request in requests:
+    for params in set(request.params_by_sample()):
+      if params.eta:
+        raise RequestError(
+          f'eta of {request.problem_id!r} is {params.eta} and there is no value model '
+          'to guide by. Give one with --guide, or leave --eta at 0.'
+        )
 
 
 def check_text(

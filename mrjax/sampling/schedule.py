@@ -6,10 +6,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mrjax.sampling.drawing import Log
 from mrjax.sampling.lanes import Slots, empty_slots
 from mrjax.sampling.plan import Layout, slot_bucket, split
-from mrjax.sampling.programs import Log, Prompts
+from mrjax.sampling.programs import Prompts
 from mrjax.sampling.requests import Request, hash_problem_id
+
+_COLUMNS = {  # lists of a row, and the arrays of a log that they come from
+  'token_ids': 'tokens',
+  'logprobs': 'logps',
+  'sampling_logprobs': 'sampling_logps',
+  'values': 'values',
+  'kls': 'kls',
+}
 
 
 @dataclasses.dataclass
@@ -22,6 +31,8 @@ class Row:
   token_ids: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
+  values: list[float] = dataclasses.field(default_factory=list)  # with a guide
+  kls: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -82,7 +93,7 @@ class Schedule:
         break
       job = self._queue.popleft()
       self._jobs[group, slot] = job
-      bucket = slot_bucket(len(job.request.prompt_ids) - 1)
+      bucket = slot_bucket(len(job.request.prompt_ids))
       by_shard = chosen.setdefault(bucket, [[] for _ in range(self.shards)])
       by_shard[group // self.layout.groups].append((group, slot, job))
     for bucket, by_shard in chosen.items():
@@ -101,7 +112,11 @@ class Schedule:
     edges = np.flatnonzero(owners[1:] != owners[:-1]) + 1
     starts = np.union1d(edges, np.arange(0, owners.size, T))
     stops = np.append(starts[1:], owners.size)
-    columns = [np.ascontiguousarray(x.T).ravel() for x in log[:3]]
+    columns = {
+      name: np.ascontiguousarray(getattr(log, f'{array}_TB').T).ravel()
+      for name, array in _COLUMNS.items()
+      if getattr(log, f'{array}_TB') is not None
+    }
     touched: dict[int, tuple[int, Row]] = {}
     for start, stop in zip(starts.tolist(), stops.tolist()):
       owner = int(owners[start])
@@ -109,9 +124,8 @@ class Schedule:
         continue
       lane = start // T
       row = self._row(lane, owner)
-      row.token_ids.extend(columns[0][start:stop].tolist())
-      row.logprobs.extend(columns[1][start:stop].tolist())
-      row.sampling_logprobs.extend(columns[2][start:stop].tolist())
+      for name, column in columns.items():
+        getattr(row, name).extend(column[start:stop].tolist())
       touched[id(row)] = lane, row
       self._lane_rows[lane] = row
     going = [
@@ -155,7 +169,7 @@ class Schedule:
     for shard, jobs in enumerate(by_shard):
       for i, (group, slot, job) in enumerate(jobs, start=shard * size):
         ids = job.request.prompt_ids
-        prompts.tokens_NS[i, : len(ids) - 1] = ids[:-1]
+        prompts.tokens_NS[i, : len(ids)] = ids
         prompts.groups_N[i] = group % layout.groups
         prompts.slots_N[i] = slot
         _describe(prompts.entries, i, job)
@@ -181,6 +195,8 @@ def _describe(entries: Slots, i: int, job: _Job) -> None:
     samples.controls.top_k_B[i, j] = params.top_k
     samples.controls.top_p_B[i, j] = params.top_p
     samples.controls.min_p_B[i, j] = params.min_p
+    samples.controls.repetition_penalty_B[i, j] = params.repetition_penalty
+    samples.etas[i, j] = params.eta
     samples.seeds[i, j] = params.seed
     samples.max_new_tokens[i, j] = params.max_new_tokens
     samples.stop_ids[i, j, : len(params.stop_ids)] = params.stop_ids
