@@ -65,7 +65,7 @@ class FakeDevice:
           'indices': entries.samples.indices[at].tolist(),
           'length': int(entries.lengths[at]),
         }
-        assert (prompts.tokens_NS[at] == 1).sum() == entries.lengths[at]
+        assert (prompts.tokens_NS[at] == 1).sum() == entries.lengths[at] + 1
 
   def lanes_of(self, group):
     R = self.layout.group_size

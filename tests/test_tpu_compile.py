@@ -11,21 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import sampling_programs
+from jax.sharding import NamedSharding, PartitionSpec
+from sampling_programs import Program
 from tpu_slices import Memory, describe_slice, memory_of, on
 
 from mrjax import trees
 from mrjax.checkpoint.weights import param_shapes
 from mrjax.models.config import DecoderConfig
-from mrjax.models.decoder import Decoder, unstack_layers
+from mrjax.models.decoder import Decoder
 from mrjax.runs import sft
-from mrjax.sampling import programs
-from mrjax.sampling.plan import Layout, plan
-from mrjax.sampling.requests import Request, SamplingParams
-from mrjax.sampling.schedule import Schedule
-from mrjax.sampling.weights import only_tensor
-from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards, make_mesh
-from mrjax.sharding.rules import param_shardings
+from mrjax.sharding.mesh import BATCH_AXES, make_mesh
 from mrjax.training import optimizer, step
 
 TOPOLOGY = 'v5e:2x4'
@@ -89,15 +85,6 @@ CASES = {
     padding=1.02,
   ),
 }
-NUM_PROMPTS, NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 256, 128
-
-
-class Program(NamedTuple):
-  """A jitted function, the mesh it runs on and the shapes it is compiled for."""
-
-  jitted: Any
-  args: tuple
-  mesh: Mesh
 
 
 def sft_state(config: DecoderConfig, tx):
@@ -134,100 +121,18 @@ def sft_step(name: str, devices=None) -> Program:
   return Program(jitted, (on(shardings, state), {}, batch), mesh)
 
 
-class Sampling(NamedTuple):
-  """What the engine's programs for a case are made of; arrays are shapes."""
-
-  mesh: Mesh
-  decoder: Decoder
-  weights: Any
-  state: Any
-  prompts: programs.Prompts
-  layout: Layout
-
-
-def sampling(name: str, devices) -> Sampling:
-  """As the engine lays out prompts with more samples each than run together."""
+def parts_of(name: str, devices) -> sampling_programs.Sampling:
   case = CASES[name]
   mesh = make_mesh(case.sample_mesh, devices)
-  config = DecoderConfig.from_hf(case.hf_config)
-  controls = SamplingParams(
-    temperature=0.8, top_p=0.95, max_new_tokens=NEW_TOKENS, stop_ids=(2,)
-  )
-  prompt = (1,) * (PROMPT_TOKENS + 1)
-  requests = [
-    Request(str(i), prompt, 2 * NUM_SAMPLES, controls) for i in range(NUM_PROMPTS)
-  ]
-  shards = batch_shards(mesh)
-  layout = plan(
-    requests,
-    max_lanes=NUM_PROMPTS * NUM_SAMPLES // shards,
-    shards=shards,
-    may_stop=False,
-  )
-  assert (layout.slots, layout.slot_places) == (2, PROMPT_TOKENS)
-  weights = jax.eval_shape(
-    lambda params: unstack_layers(params, config.num_layers),
-    param_shapes(config, jnp.bfloat16),
-  )
-  shardings = jax.tree.map(
-    lambda s: NamedSharding(mesh, only_tensor(s.spec)), param_shardings(weights, mesh)
-  )
-  make = functools.partial(
-    programs.empty_state,
-    config,
-    jnp.bfloat16,
-    layout,
-    num_places=NEW_TOKENS,
-    shards=shards,
-    num_stops=8,
-  )
-  state = jax.eval_shape(make)
-  prompts = next(Schedule(requests, layout, shards=shards).next_prompts())
-  by_row = jax.tree.map(lambda _: NamedSharding(mesh, BATCH), prompts)
-  return Sampling(
-    mesh,
-    Decoder(config, dtype=jnp.bfloat16, scan_layers=False),
-    on(shardings, weights),
-    on(programs.state_shardings(state, mesh), state),
-    on(by_row, prompts),
-    layout,
-  )
+  return sampling_programs.sampling(DecoderConfig.from_hf(case.hf_config), mesh)
 
 
 def fill(name: str, devices=None) -> Program:
-  """The engine's program that reads prompts into slots."""
-  parts = sampling(name, devices)
-  jitted = jax.jit(
-    programs.fill_program(parts.decoder, parts.mesh),
-    out_shardings=programs.state_shardings(parts.state, parts.mesh),
-    donate_argnums=1,
-  )
-  return Program(jitted, (parts.weights, parts.state, parts.prompts), parts.mesh)
+  return sampling_programs.fill(parts_of(name, devices))
 
 
 def decode(name: str, devices=None) -> Program:
-  """The engine's main program: draws tokens and hands lanes their next samples."""
-  parts = sampling(name, devices)
-  run = programs.decode_program(parts.decoder, parts.mesh, num_steps=32)
-  shards = batch_shards(parts.mesh)
-  by_row = NamedSharding(parts.mesh, BATCH)
-  args = (
-    parts.weights,
-    parts.state,
-    jax.ShapeDtypeStruct((shards * parts.layout.lanes,), jnp.bool_, sharding=by_row),
-    jax.ShapeDtypeStruct((shards,), jnp.int32, sharding=by_row),
-  )
-  with jax.set_mesh(parts.mesh):
-    _, log = jax.eval_shape(run, *args)
-  jitted = jax.jit(
-    run,
-    out_shardings=(
-      programs.state_shardings(parts.state, parts.mesh),
-      programs.log_shardings(log, parts.mesh),
-    ),
-    donate_argnums=1,
-  )
-  return Program(jitted, args, parts.mesh)
+  return sampling_programs.decode(parts_of(name, devices))
 
 
 def depth(name: str) -> int:
@@ -299,7 +204,7 @@ def test_the_same_programs_lower_for_gpus(build, name):
   shardings = exported.in_shardings_jax(program.mesh)
   # Reading a prompt for its keys and values leaves out what only logits need.
   unread = 'head', 'final_norm', f'layers_{depth(name) - 1}/'
-  names = list(trees.flatten(program.args[0])) if build is fill else []
+  names = list(trees.flatten(program.args[0][0])) if build is fill else []
   for i, (x, sharding) in enumerate(zip(given, shardings, strict=True)):
     if sharding is None and i < len(names):
       assert any(part in names[i] for part in unread)
