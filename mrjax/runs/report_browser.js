@@ -202,20 +202,75 @@
     if (group() && next >= 0 && next < group().count) select(state.question, next);
   };
 
-  // The text, with what is searched for marked in it.
-  function marked(text) {
+  // Where what is searched for begins and ends in a text: start, end, start, end, ...
+  function matches(text) {
     const needle = state.find.toLowerCase();
-    if (!needle) return [text];
     const low = text.toLowerCase();
-    if (low.length !== text.length) return [text]; // places would not agree
-    const parts = [];
-    let from = 0;
-    for (let at = low.indexOf(needle); at >= 0; at = low.indexOf(needle, from)) {
-      parts.push(text.slice(from, at),
-        element('mark', {}, text.slice(at, at + needle.length)));
-      from = at + needle.length;
+    if (!needle || low.length !== text.length) return []; // places would not agree
+    const edges = [];
+    for (let at = low.indexOf(needle); at >= 0; at = low.indexOf(needle, at + needle.length)) {
+      edges.push(at, at + needle.length);
     }
-    return [...parts, text.slice(from)];
+    return edges;
+  }
+
+  // The text from one place to another, with what is searched for marked in it.
+  function marked(text, from = 0, to = text.length, edges = matches(text)) {
+    const parts = [];
+    let start = from;
+    edges.forEach((edge, i) => {
+      const end = Math.min(edge, to);
+      if (end <= start) return;
+      const part = text.slice(start, end);
+      parts.push(i % 2 ? element('mark', {}, part) : part);
+      start = end;
+    });
+    return start < to ? [...parts, text.slice(start, to)] : parts;
+  }
+
+  // Colours of values: from the colour of wrong at one end over none to that of right.
+  const [lowest, highest] = report.value_range;
+  function tint(value) {
+    const share = (2 * (value - lowest)) / (highest - lowest) - 1;
+    const [red, green, blue] = share < 0 ? [222, 110, 58] : [22, 140, 108];
+    return `rgba(${red}, ${green}, ${blue}, ${(0.68 * Math.abs(share)).toFixed(3)})`;
+  }
+
+  function valued(value, ...children) {
+    const node = element('span', { class: 'token',
+      title: value === null ? 'no value' : String(value) }, ...children);
+    if (value !== null) node.style.backgroundColor = tint(value);
+    return node;
+  }
+
+  // The text, each token on the colour of its value; those without text stand at the end.
+  function heated(text, { widths, values }) {
+    const edges = matches(text);
+    let from = 0;
+    const nodes = widths.map((width, i) => {
+      const start = from;
+      from += width;
+      return width ? valued(values[i], ...marked(text, start, from, edges)) : null;
+    });
+    const last = widths.length - 1;
+    if (last >= 0 && !widths[last]) {
+      const end = valued(values[last], values[last] === null ? 'end' : `end ${values[last]}`);
+      end.classList.add('end');
+      nodes.push(end);
+    }
+    return nodes.filter(Boolean);
+  }
+
+  function valueLegend() {
+    const steps = Array.from({ length: 11 }, (_, i) => lowest + (i * (highest - lowest)) / 10);
+    return element('div', { class: 'values' }, 'Value after each token',
+      element('span', {}, String(lowest)),
+      element('span', { class: 'ramp' }, ...steps.map((value) => {
+        const box = element('i', {});
+        box.style.backgroundColor = tint(value);
+        return box;
+      })),
+      element('span', {}, String(highest)));
   }
 
   function drawDetail(number) {
@@ -322,7 +377,11 @@
       samples.tokens[i] === null ? null : `${samples.tokens[i].toLocaleString('en')} tokens`,
       reason === 'length' ? 'cut short at the limit' : reason && `ended by ${reason}`,
       samples.logprob[i] === null ? null : `log-probability ${samples.logprob[i]}`,
+      samples.value && samples.value[i] !== null ? `value ${samples.value[i]}` : null,
+      samples.kl && samples.kl[i] !== null ? `KL ${samples.kl[i]}` : null,
     ];
+    const text = texts[samples.text[i]];
+    const heat = samples.heats[i];
     const compare = element('dl', { class: 'compare' }, element('dt', {}, 'Extracted'),
       element('dd', { class: mark }, ...marked(answer)));
     if (gold !== null) {
@@ -334,7 +393,9 @@
         element('span', { class: `verdict ${mark}` }, icon(mark), WORDS[mark]),
         element('span', { class: 'facts' }, facts.filter(Boolean).join(' · '))),
       mark === 'u' && gold === null ? null : compare,
-      element('pre', { class: 'text', dir: 'auto' }, ...marked(texts[samples.text[i]])));
+      heat ? valueLegend() : null,
+      element('pre', { class: heat ? 'text heat' : 'text', dir: 'auto' },
+        ...(heat ? heated(text, heat) : marked(text))));
   }
 
   function saveAddress() {

@@ -55,6 +55,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     'texts': texts.values,
     'answers': answers.values,
     'reasons': reasons.values,
+    'value_range': _value_range(runs),
   }
 
 
@@ -67,7 +68,7 @@ def bounds(entry: Any) -> tuple[float, float, float]:
 
 
 def accuracy_by_k(run: Run, kind: str) -> list[tuple[int, float, float, float]]:
-  """(k, value, low, high) of `pass@k` or `maj@k` by k; kind is 'pass' or 'maj'."""
+  """(k, value, low, high) by k, of one of `report_inputs.KINDS`."""
   return sorted(
     (int(name.partition('@')[2]), *bounds(entry))
     for name, entry in run.metrics.items()
@@ -201,8 +202,38 @@ def _columns(
     'mark': ''.join(marks[sample.correct] for sample in samples),
     'tokens': [sample.num_tokens for sample in samples],
     'reason': [reasons.place(sample.finish_reason) for sample in samples],
-    'logprob': [
-      None if sample.logprob_sum is None else round(sample.logprob_sum, 2)
-      for sample in samples
-    ],
+    'logprob': [_rounded(sample.logprob_sum, 2) for sample in samples],
+    'value': _where_any([_rounded(sample.value, 3) for sample in samples]),
+    'kl': _where_any([_rounded(sample.kl_sum, 3) for sample in samples]),
+    # By the place of the sample: most have none.
+    'heats': {
+      i: {
+        'widths': sample.token_widths,
+        'values': [_rounded(value, 3) for value in sample.token_values],
+      }
+      for i, sample in enumerate(samples)
+      if sample.token_values and sample.token_widths
+    },
   }
+
+
+def _rounded(number: float | None, digits: int) -> float | None:
+  return None if number is None else round(number, digits)
+
+
+def _where_any(values: list[float | None]) -> list[float | None] | None:
+  """The values; None where all are None, so that they take no place."""
+  return None if all(value is None for value in values) else values
+
+
+def _value_range(runs: Sequence[Run]) -> tuple[float, float]:
+  """What the colours of values span: 0 to 1, and further where values are."""
+  values = [
+    value
+    for run in runs
+    for samples in run.samples.by_problem.values()
+    for sample in samples
+    for value in sample.token_values or ()
+    if value is not None
+  ]
+  return round(min([0.0, *values]), 3), round(max([1.0, *values]), 3)

@@ -10,6 +10,9 @@ from typing import Any
 from mrjax.records import DataError, read_numbered
 from mrjax.runs.report_samples import SampleSet, read_samples
 
+# Kinds of accuracy: `maj@8` is one of the kind 'maj'.
+KINDS = ('pass', 'maj', 'best_of', 'weighted_maj')
+
 
 @dataclasses.dataclass
 class Run:
@@ -136,13 +139,15 @@ def _read_metrics(run: Run) -> None:
     raise DataError(path, 1, f"'by_level' is {by_level!r:.80}, want objects by level")
   for values in (metrics, *by_level.values()):
     for name, entry in values.items():
-      if name.startswith(('pass@', 'maj@')):
+      if name.partition('@')[0] in KINDS and '@' in name:
         _check_estimate(path, name, entry)
   for name in ('num_timeouts', 'num_crashes'):
     if metrics.get(name):
       run.notes.append(
         f'{name} of the grading is {metrics[name]}; these count as wrong'
       )
+  if not _is_number(metrics.get('mean_kl', 0.0)):
+    raise DataError(path, 1, f"'mean_kl' is {metrics['mean_kl']!r:.80}, want a number")
   run.metrics = metrics
 
 

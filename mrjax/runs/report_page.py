@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from mrjax.runs.report_data import accuracy_by_k, bounds, embed_json, page_data
-from mrjax.runs.report_inputs import Run
+from mrjax.runs.report_inputs import KINDS, Run
 
 GENERATOR = '<meta name="generator" content="mrjax report">'  # marks a page as ours
 
@@ -124,7 +124,7 @@ def _result_table(runs: Sequence[Run]) -> dict[str, Any]:
   )
   columns = ['pass@1']
   for k in largest:
-    names = (f'maj@{k}', f'pass@{k}')
+    names = [f'{kind}@{k}' for kind in ('maj', 'best_of', 'weighted_maj', 'pass')]
     columns += [n for n in names if k > 1 and any(n in run.metrics for _, run in rated)]
   shown = [run.metrics['pass@1'] for _, run in rated if 'pass@1' in run.metrics]
   low, high = _axis([bound for entry in shown for bound in bounds(entry)])
@@ -146,11 +146,14 @@ def _result_table(runs: Sequence[Run]) -> dict[str, Any]:
         'mean_length': _number(metrics.get('mean_length'), ',.1f'),
         'truncation_rate': _number(metrics.get('truncation_rate'), '.1%'),
         'unanswered': _number(unanswered, '.1%'),
+        'mean_kl': _number(metrics.get('mean_kl'), ',.3f'),
       }
     )
   return {
     'results': rows,
     'accuracy_columns': columns,
+    'has_values': any('best_of' in name for name in columns),
+    'has_kl': any('mean_kl' in run.metrics for _, run in rated),
     'axis': {'low': f'{low:.0%}', 'high': f'{high:.0%}'},
   }
 
@@ -185,11 +188,11 @@ def _number(value: Any, form: str) -> str:
 
 
 def _estimates_table(runs: Sequence[Run]) -> dict[str, Any] | None:
-  """Every pass@k and maj@k, a row each, a column a run."""
+  """Every accuracy at k, a row each, a column a run."""
   rated = [run for run in runs if run.metrics]
   names = [
     f'{kind}@{k}'
-    for kind in ('pass', 'maj')
+    for kind in KINDS
     for k in sorted({k for run in rated for k, *_ in accuracy_by_k(run, kind)})
   ]
   if not any(name.startswith('pass@') and name != 'pass@1' for name in names):

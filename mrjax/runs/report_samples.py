@@ -10,6 +10,7 @@ from typing import Any
 from mrjax.data.problems import load_problems
 from mrjax.grading.tally import Tally
 from mrjax.records import DataError, Problem, Record, expand_inputs, read_numbered
+from mrjax.runs.report_tokens import TokenWidths
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +27,12 @@ class Sample:
   num_tokens: int | None
   finish_reason: str | None
   logprob_sum: float | None
+  value: float | None = None
+  """By a value model, of the whole sample."""
+  kl_sum: float | None = None
+  token_values: tuple[float | None, ...] | None = None
+  token_widths: tuple[int, ...] | None = None
+  """Characters of `text` that each token adds; see `TokenWidths.of`."""
 
 
 @dataclasses.dataclass
@@ -75,6 +82,7 @@ def read_samples(
   records = _records(paths)
   first = next(records)
   problems = _problems(directory, settings, first[2], result)
+  heats = _Heats(settings)
   for path, line, record in itertools.chain([first], records):
     # A record without an id stands for a question of its own.
     key = record.get('problem_id')
@@ -93,12 +101,14 @@ def read_samples(
       cut = sample.finish_reason == 'length'
       result.lengths.append((sample.num_tokens, sample.correct, cut))
     if key in result.by_problem or num_kept < max_samples:
+      sample = heats.add_widths(sample, record)
       result.by_problem.setdefault(key, []).append(sample)
       num_kept += 1
   for samples in result.by_problem.values():
     samples.sort(key=lambda sample: sample.index)
   result.num_questions = len(seen)
   result.num_samples = sum(map(len, seen.values()))
+  result.notes += heats.notes()
   if num_graded:
     result.metrics = tally.summary()
   else:
@@ -109,6 +119,45 @@ def read_samples(
       '(--max_samples); tables and charts cover all'
     )
   return result
+
+
+class _Heats:
+  """Finds the tokens of values in the texts; says where that is not possible."""
+
+  def __init__(self, settings: Mapping[str, Any]):
+    self._settings = settings
+    self._widths: TokenWidths | None = None
+    self._reason = ''
+    self._num_found = self._num_missed = 0
+
+  def add_widths(self, sample: Sample, record: Record) -> Sample:
+    """The sample with the widths of its tokens; without its values where unknown."""
+    if sample.token_values is None:
+      return sample
+    if self._widths is None and not self._reason:
+      try:
+        self._widths = TokenWidths(self._settings)
+      except (ValueError, OSError, ImportError) as error:
+        self._reason = str(error)
+    widths = None
+    if self._widths:
+      widths = self._widths.of(sample.text, record['token_ids'])
+    if widths is None:
+      self._num_missed += 1
+      return dataclasses.replace(sample, token_values=None)
+    self._num_found += 1
+    return dataclasses.replace(sample, token_widths=tuple(widths))
+
+  def notes(self) -> list[str]:
+    if self._reason:
+      return [f'the values of tokens are not shown: {self._reason}']
+    if self._num_missed:
+      return [
+        f'the values of tokens are not shown for {self._num_missed:,} of '
+        f'{self._num_missed + self._num_found:,} samples, whose tokens do not spell '
+        'their text by the tokenizer of the run'
+      ]
+    return []
 
 
 def _records(paths: list[Path]) -> Iterator[tuple[Path, int, Record]]:
@@ -155,6 +204,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
   'num_tokens': (int,),
   'finish_reason': (str,),
   'logprob_sum': (int, float),
+  'value': (int, float),
+  'kl_sum': (int, float),
+  'values': (list,),
+  'token_ids': (list,),
 }
 
 
@@ -173,7 +226,7 @@ def _parse(
     raise DataError(path, line, "a record with 'correct' needs 'extracted' too")
   if (record.get('num_tokens') or 0) < 0:
     raise DataError(path, line, f'num_tokens is {record["num_tokens"]}, want >= 0')
-  index, logprob = record.get('sample_index'), record.get('logprob_sum')
+  index = record.get('sample_index')
   gold = record.get('gold')
   if gold is None and problem:
     gold = problem.answer if problem.answer is not None else problem.solution
@@ -190,5 +243,30 @@ def _parse(
     options=tuple(map(str, options)) if options else None,
     num_tokens=record.get('num_tokens'),
     finish_reason=record.get('finish_reason'),
-    logprob_sum=logprob if logprob is not None and math.isfinite(logprob) else None,
+    logprob_sum=_finite(record.get('logprob_sum')),
+    value=_finite(record.get('value')),
+    kl_sum=_finite(record.get('kl_sum')),
+    token_values=_token_values(record, path, line),
   )
+
+
+def _finite(number: float | None) -> float | None:
+  return number if number is not None and math.isfinite(number) else None
+
+
+def _token_values(
+  record: Record, path: Path, line: int
+) -> tuple[float | None, ...] | None:
+  values = record.get('values')
+  if values is None:
+    return None
+  ids = record.get('token_ids') or []
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+  if len(ids) != len(values) or not all(v is None or is_number(v) for v in values):
+    raise DataError(
+      path,
+      line,
+      f"field 'values' is {values!r:.80} and there are {len(ids)} token_ids; want a "
+      'number or null for each of them',
+    )
+  return tuple(map(_finite, values))
