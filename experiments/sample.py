@@ -11,6 +11,11 @@ On a TPU VM with four chips (not measured yet), two copies of the model:
     --data=gsm8k:train --prompt_template=chat --num_samples=100 --temperature=0.7 \
     --max_new_tokens=512 --mesh=data:2,tensor:2 --output_dir=outputs/samples
 
+Guided by a value model that train_value trained (Q#):
+
+  python -m experiments.sample --model=tiny-1m --guide=outputs/value --eta=5 \
+    --data='arithmetic:test?size=100' --prompt_template=qa --output_dir=outputs/guided
+
 An adapter that train_sft or train_preference trained, or PEFT, goes on its base:
 
   python -m experiments.sample --model=tiny-1m --adapter=outputs/lora \
@@ -29,6 +34,7 @@ from absl import flags
 
 from mrjax.data.prompts import TEMPLATES
 from mrjax.runs import cli, sample
+from mrjax.sampling.guidance import MODES
 
 _D = sample.Config
 _FLAGS = (
@@ -59,6 +65,12 @@ _FLAGS = (
     ['auto', 'float32', 'bfloat16'],
     'Of weights, computation and cache; auto is bfloat16 but on a CPU.',
   ),
+  flags.DEFINE_enum(
+    'cache_dtype',
+    _D.cache_dtype,
+    ['auto', 'float32', 'bfloat16', 'int8'],
+    'Of cached keys and values; auto is --dtype. int8 has a scale a vector.',
+  ),
   flags.DEFINE_integer('seed', _D.seed, 'Of all rows.', lower_bound=0),
   flags.DEFINE_integer(
     'num_samples', _D.num_samples, 'Completions a problem.', lower_bound=1
@@ -70,6 +82,29 @@ _FLAGS = (
   flags.DEFINE_integer('top_k', _D.top_k, 'Keep the k likeliest tokens; 0: all.'),
   flags.DEFINE_float(
     'min_p', _D.min_p, 'Keep tokens this likely relative to the likeliest; 0: all.'
+  ),
+  flags.DEFINE_float(
+    'repetition_penalty',
+    _D.repetition_penalty,
+    'Above 1, tokens of the prompt and the row are less likely.',
+  ),
+  flags.DEFINE_string(
+    'guide', _D.guide, 'Value model that guides (Q#): a run of train_value.'
+  ),
+  flags.DEFINE_float(
+    'eta', _D.eta, 'Strength of guidance, 1 over the KL weight; 0: none.'
+  ),
+  flags.DEFINE_enum(
+    'guidance_mode',
+    _D.guidance_mode,
+    ['', *MODES],
+    'How values raise logits; empty takes what the value model was trained for.',
+  ),
+  flags.DEFINE_integer(
+    'guidance_top_k', _D.guidance_top_k, 'Tokens the guide is asked about; -1: all.'
+  ),
+  flags.DEFINE_bool(
+    'cd_baseline', _D.cd_baseline, 'Controlled decoding: eta times the value.'
   ),
   flags.DEFINE_integer(
     'max_new_tokens', _D.max_new_tokens, 'Longest completion, tokens.', lower_bound=1
@@ -84,7 +119,10 @@ _FLAGS = (
     'max_batch', _D.max_batch, 'Rows that run together.', lower_bound=1
   ),
   flags.DEFINE_bool(
-    'logprobs', _D.logprobs, 'Write the log-probabilities of every token too.'
+    'logprobs',
+    _D.logprobs,
+    'Write the log-probabilities of every token too; with --guide, also its values '
+    'and the divergences from the model (kl).',
   ),
   flags.DEFINE_bool(
     'prompt_logprobs',
@@ -118,6 +156,8 @@ def describe(summary: dict[str, Any]) -> str:
     f'mean length {summary["mean_tokens"]:.1f} tokens, {summary["truncated"]:.2%} cut '
     'at the length limit'
   ]
+  if 'mean_kl' in summary:
+    lines.append(f'mean KL to the model: {summary["mean_kl"]:.3f} nats a row')
   if 'tokens_per_second' in summary:
     lines.append(
       f'{summary["tokens_per_second"]:,.0f} tokens/s; compiled '

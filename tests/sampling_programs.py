@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_slices import on
 
 from mrjax.checkpoint.weights import param_shapes
@@ -76,7 +76,15 @@ def sampling(
     decoder = make_decoder(config, num_value_outputs=outputs)
     models = Models(models.decoder, GuideModel(decoder, head, guidance))
     shapes = value_shapes(config, head, jnp.bfloat16)
-    weights = (weights[0], _weights(shapes, config, mesh))
+    guide_weights = _weights(shapes, config, mesh)
+    if head.classifier_type == 'Q':
+      kernel = guide_weights['value_head']['kernel']
+      guide_weights['value_head']['kernel'] = jax.ShapeDtypeStruct(
+        kernel.shape[::-1],
+        kernel.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(None, 'tensor')),
+      )
+    weights = (weights[0], guide_weights)
   state = jax.eval_shape(
     functools.partial(
       programs.empty_state,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mrjax.losses.value import ValueHead, outputs_of_tokens
+from mrjax.losses.value import ValueHead
 from mrjax.sampling.guidance import (
   GuidanceConfig,
   find,
@@ -19,6 +19,7 @@ from mrjax.sampling.guidance import (
   to_paper_eta,
   top_candidates,
 )
+from mrjax.sampling.guide import outputs_of_tokens
 from mrjax.sampling.logits import Controls, scale_and_filter
 
 BCE, MSE = (ValueHead(loss_type=name) for name in ('bce', 'mse'))
@@ -302,12 +303,9 @@ def test_a_q_head_gives_the_rows_of_the_candidates(head):
   kernel_DO = rng.normal(size=(width, vocab_size * head.width)).astype(np.float32)
   bias_O = rng.normal(size=vocab_size * head.width).astype(np.float32)
   ids_Bk = np.stack([rng.permutation(vocab_size)[:k] for _ in range(num_rows)])
+  params = {'value_head': {'kernel': jnp.asarray(kernel_DO.T), 'bias': bias_O}}
   found_BkA = outputs_of_tokens(
-    jnp.asarray(hidden_BD),
-    jnp.asarray(kernel_DO),
-    jnp.asarray(bias_O),
-    jnp.asarray(ids_Bk),
-    head,
+    jnp.asarray(hidden_BD), jax.tree.map(jnp.asarray, params), jnp.asarray(ids_Bk), head
   )
   whole_BVA = (hidden_BD @ kernel_DO + bias_O).reshape(num_rows, vocab_size, -1)
   expected_BkA = np.take_along_axis(whole_BVA, ids_Bk[..., None], axis=1)

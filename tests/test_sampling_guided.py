@@ -23,7 +23,7 @@ from mrjax.models.cache import Lanes, empty_cache
 from mrjax.models.decoder import Decoder, unstack_layers
 from mrjax.sampling.engine import Engine
 from mrjax.sampling.guidance import GuidanceConfig
-from mrjax.sampling.guide import GuideModel, propose, settle
+from mrjax.sampling.guide import GuideModel, by_token, propose, settle
 from mrjax.sampling.requests import Request, RequestError, SamplingParams
 
 CASES = {
@@ -161,7 +161,9 @@ def test_ten_guided_steps_leave_the_cache_of_a_fresh_prefill(head):
   guide = make_guide(head, GuidanceConfig(top_k=5))
   outputs = head.num_outputs(QWEN.vocab_size)
   decoder = Decoder(QWEN, scan_layers=False, num_value_outputs=outputs)
-  params = unstack_layers(guide.params, QWEN.num_layers)
+  params = by_token(
+    unstack_layers(guide.params, QWEN.num_layers), head, mesh_of(ONE_DEVICE)
+  )
   model = GuideModel(decoder, head, guide.guidance)
   rng = np.random.default_rng(3)
   prompts = [rng.integers(54, size=length).tolist() for length in (4, 9, 7)]

@@ -1,6 +1,6 @@
 """Guided sampling of Llama-3-8B by a value model of 1B compiles for eight v5p chips.
 
-Shapes are real and no weights are made: see `test_tpu_compile`. Of the 32 and 16 layers,
+Shapes are real and no weights are made: see `test_tpu_compile`. Of 32 and 16 layers,
 which are alike, 4 and 2 are compiled: all of them take minutes (and 9.8 GB of arguments
 and 0.4 GB of temporary memory a chip, for a 'V' head).
 """

@@ -97,48 +97,26 @@ def taken_token_outputs(
   spare = -length % chunk
   before_BTD = jnp.pad(hidden_BTD, ((0, 0), (1, spare), (0, 0)))[:, :-1]
   tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, spare)))
+  kernel_DVA = kernel_DO.reshape(kernel_DO.shape[0], -1, head.width)
+  bias_VA = bias_O.reshape(-1, head.width)
 
   # Recomputed in the backward pass: the columns are `width` times the hidden states.
   @jax.checkpoint
   def one(inputs):
     hidden_BCD, ids_BC = inputs
-    return outputs_of_tokens(hidden_BCD, kernel_DO, bias_O, ids_BC[..., None], head)[
-      ..., 0, :
-    ]
+    columns_DBCA = kernel_DVA[:, ids_BC].astype(jnp.float32)
+    values_BCA = jnp.einsum(
+      'BCD,DBCA->BCA',
+      hidden_BCD.astype(jnp.float32),
+      columns_DBCA,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return values_BCA + bias_VA[ids_BC].astype(jnp.float32)
 
   split = lambda x: x.reshape(num_rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
   values_NBCA = jax.lax.map(one, (split(before_BTD), split(tokens_BT)))
   values_BTA = values_NBCA.swapaxes(0, 1).reshape(num_rows, -1, head.width)
   return values_BTA[:, :length]
-
-
-def outputs_of_tokens(
-  hidden: jax.Array,
-  kernel_DO: jax.Array,
-  bias_O: jax.Array,
-  tokens: jax.Array,
-  head: ValueHead,
-) -> jax.Array:
-  """Outputs of a 'Q' head for k tokens each that may come next, [..., k, width].
-
-  Only their columns of the head are read. Float32.
-
-  Args:
-    hidden: [..., D], hidden states after the final norm.
-    kernel_DO: The head's kernel, O = V * width.
-    bias_O: The head's bias.
-    tokens: int32 [..., k].
-    head: Of type 'Q'.
-  """
-  kernel_DVA = kernel_DO.reshape(kernel_DO.shape[0], -1, head.width)
-  bias_VA = bias_O.reshape(-1, head.width)
-  outputs = jnp.einsum(
-    '...D,D...kA->...kA',
-    hidden.astype(jnp.float32),
-    kernel_DVA[:, tokens].astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return outputs + bias_VA[tokens].astype(jnp.float32)
 
 
 def expected_rewards(outputs: jax.Array, head: ValueHead) -> jax.Array:

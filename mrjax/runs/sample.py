@@ -19,6 +19,7 @@ from mrjax.data.prompts import render_prompt
 from mrjax.data.tokenization import Tokenizer, load_tokenizer
 from mrjax.records import JsonlAppender, Record
 from mrjax.runs import common, machine
+from mrjax.runs.guide import GuideSource, resolve_guide
 from mrjax.runs.metrics_log import MetricsLog
 from mrjax.runs.progress import Progress
 from mrjax.runs.prompt_logprobs import PromptLogprobs
@@ -47,17 +48,24 @@ class Config:
   output_dir: str = ''
   mesh: str = 'data:-1,fsdp:1,tensor:1'  # of the devices of each process
   dtype: str = 'auto'  # of weights, computation and cache
+  cache_dtype: str = 'auto'  # of keys and values, also int8; auto: as `dtype`
   seed: int = 0
   num_samples: int = 1  # a problem
   temperature: float = 1.0  # 0 is greedy
   top_p: float = 1.0
   top_k: int = 0  # 0 keeps all
   min_p: float = 0.0
+  repetition_penalty: float = 1.0  # above 1, tokens seen are less likely
+  guide: str = ''  # value model, a run of train_value; empty: none
+  eta: float = 0.0  # strength of guidance
+  guidance_mode: str = ''  # see GuidanceConfig; empty takes the one of the value model
+  guidance_top_k: int = 20  # candidates that the guide is asked about; -1: all tokens
+  cd_baseline: bool = False  # controlled decoding in place of Q#
   max_new_tokens: int = 256
   stop: tuple[str, ...] = ()  # strings that end a completion, beside EOS
   max_batch: int = 256  # rows that run together
   limit: int = 0  # problems; 0 takes all
-  logprobs: bool = False  # also write those of every token
+  logprobs: bool = False  # also write those of every token, and what a guide says
   prompt_logprobs: bool = False  # also write those of every token of the prompt
   truncate_prompts: bool = False  # cut long prompts at their start, not refuse them
   overwrite: bool = False
@@ -73,6 +81,13 @@ class Config:
       raise ValueError(f'--limit={self.limit}: want at least 0 (0 takes all).')
     if not all(self.stop):
       raise ValueError('--stop holds an empty string, which would end every row.')
+    if not self.guide:
+      for name in ('eta', 'guidance_mode', 'cd_baseline'):
+        if getattr(self, name):
+          raise ValueError(
+            f'--{name}={getattr(self, name)} without a value model to guide by: give '
+            f'one with --guide, or leave --{name} out.'
+          )
     self.sampling_params(())
 
   def sampling_params(self, stop_ids: Sequence[int]) -> SamplingParams:
@@ -81,6 +96,8 @@ class Config:
       top_p=self.top_p,
       top_k=self.top_k,
       min_p=self.min_p,
+      repetition_penalty=self.repetition_penalty,
+      eta=self.eta,
       max_new_tokens=self.max_new_tokens,
       seed=self.seed,
       stop_ids=tuple(stop_ids),
@@ -97,7 +114,8 @@ def run(config: Config) -> dict[str, Any]:
   Returns:
     `output_dir`, `num_problems`, `num_rows`, `num_new_rows`, `num_tokens` (of all
     rows), `mean_tokens`, `truncated` (share of rows cut by `max_new_tokens`), `errors`
-    (rows ended by logits that were not finite) and, of the new rows,
+    (rows ended by logits that were not finite), with a guide `mean_kl` (of rows, in
+    nats, from the model to what was drawn from) and, of the new rows,
     `tokens_per_second`, `utilisation` (share of what the lanes did that gave tokens),
     `num_programs` and `compile_seconds`.
 
@@ -110,15 +128,32 @@ def run(config: Config) -> dict[str, Any]:
   tokenizer = load_tokenizer(config.tokenizer or str(source.hf_dir))
   tokenizer.check_fits(source.config.vocab_size)
   stops = StopStrings(config.stop, tokenizer) if config.stop else None
+  guide = None
+  max_length = source.config.max_positions
+  if config.guide:
+    guide = resolve_guide(
+      config.guide,
+      guided=source.config,
+      tokenizer=tokenizer,
+      mode=config.guidance_mode,
+      top_k=config.guidance_top_k,
+      cd_baseline=config.cd_baseline,
+    )
+    max_length = min(max_length, guide.source.config.max_positions)
+    if not config.eta:
+      logging.warning('--eta is 0: --guide guides no row.')
   requests = fit_requests(
     make_requests(config, tokenizer),
     source.config,
+    max_length=max_length,
     truncate_prompts=config.truncate_prompts,
   )
   split_cpu(config, source)
   common.start_processes()
   mesh = make_mesh(config.mesh, jax.local_devices())
   check_mesh(source.config, mesh, max_batch=config.max_batch)
+  if guide:
+    check_mesh(guide.source.config, mesh, max_batch=config.max_batch)
   facts = model.adapter_facts(mesh)
   process, count = jax.process_index(), jax.process_count()
   if process == 0:
@@ -131,7 +166,7 @@ def run(config: Config) -> dict[str, Any]:
   check_shards(shard, count)
   with only_writer(shard), JsonlAppender(shard) as appender:
     return _run_shard(
-      config, model, mesh, tokenizer, stops, requests[process::count], appender
+      config, model, guide, mesh, tokenizer, stops, requests[process::count], appender
     )
 
 
@@ -159,6 +194,7 @@ def make_requests(config: Config, tokenizer: Tokenizer) -> list[Request]:
 def _run_shard(
   config: Config,
   model: AdaptedModel,
+  guide: GuideSource | None,
   mesh: Mesh,
   tokenizer: Tokenizer,
   stops: StopStrings | None,
@@ -176,8 +212,10 @@ def _run_shard(
       model.load_params(mesh, dtype),
       mesh,
       dtype=dtype,
+      cache_dtype=None if config.cache_dtype == 'auto' else config.cache_dtype,
       max_batch=config.max_batch,
       donate_params=True,
+      guide=guide.load(mesh, dtype) if guide else None,
     )
     speed = _sample(config, engine, tokenizer, stops, missing, appender, totals)
     summary = {
@@ -197,6 +235,7 @@ def _run_shard(
     'mean_tokens': totals.tokens / max(totals.rows, 1),
     'truncated': totals.truncated / max(totals.rows, 1),
     'errors': totals.errors,
+    **({'mean_kl': totals.kl / max(totals.rows, 1)} if guide else {}),
   } | summary
 
 
@@ -285,4 +324,9 @@ def _record(completion: Completion, text: str, *, logprobs: bool) -> Record:
   if logprobs:
     record['logprobs'] = completion.logprobs
     record['sampling_logprobs'] = completion.sampling_logprobs
+  if completion.kls is not None:
+    record['kl_sum'] = float(np.sum(completion.kls, dtype=np.float64))
+    if logprobs:
+      record['kl'] = completion.kls
+      record['values'] = completion.values
   return record

@@ -20,12 +20,14 @@ class Totals:
   tokens: int = 0
   truncated: int = 0
   errors: int = 0
+  kl: float = 0.0
 
   def add(self, record: Record) -> None:
     self.rows += 1
     self.tokens += record['num_tokens']
     self.truncated += record['finish_reason'] == 'length'
     self.errors += record['finish_reason'] == 'error'
+    self.kl += record.get('kl_sum', 0.0)
 
 
 def missing_requests(

@@ -19,7 +19,7 @@ from mrjax.sampling import programs
 from mrjax.sampling.compiled import CompiledPrograms
 from mrjax.sampling.drawing import Models
 from mrjax.sampling.guidance import GuidanceConfig
-from mrjax.sampling.guide import Guide, GuideModel
+from mrjax.sampling.guide import Guide, GuideModel, by_token
 from mrjax.sampling.lanes import State
 from mrjax.sampling.plan import Layout, plan
 from mrjax.sampling.requests import (
@@ -117,7 +117,10 @@ class Engine:
       self._models = Models(
         self._models.decoder, GuideModel(decoder, guide.head, guide.guidance)
       )
-      self._weights = (self._weights[0], place(guide.params))
+      self._weights = (
+        self._weights[0],
+        by_token(place(guide.params), guide.head, mesh),
+      )
     self.utilisation, self.cache_bytes = Utilisation(), 0
     self.compiled = CompiledPrograms(mesh, owner=self._models)
 

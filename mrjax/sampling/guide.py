@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mrjax.losses.value import ValueHead, expected_rewards, outputs_of_tokens
+from mrjax.losses.value import ValueHead, expected_rewards
 from mrjax.models.cache import KVCache, Lanes
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
@@ -70,6 +71,23 @@ class GuideModel(NamedTuple):
     return lanes._replace(prefix_lengths_B=lengths_B)
 
 
+def by_token(params: Any, head: ValueHead, mesh: Mesh) -> Any:
+  """The weights of a guide with the rows of a 'Q' head one after the other, [O, D].
+
+  It is the largest matrix of the model, and a step reads a few of its rows: as
+  training has it, [D, O], a TPU would turn it round at every dispatch.
+  """
+  if head.classifier_type != 'Q':
+    return params
+  kernel_DO = params['value_head']['kernel']
+  # Whole rows would need an exchange of rows; parts of them one of sums.
+  split = 'tensor' if kernel_DO.shape[0] % mesh.shape['tensor'] == 0 else None
+  turn = jax.jit(
+    jnp.transpose, out_shardings=NamedSharding(mesh, PartitionSpec(None, split))
+  )
+  return params | {'value_head': params['value_head'] | {'kernel': turn(kernel_DO)}}
+
+
 class Proposal(NamedTuple):
   """What a guide says of the candidates of each row, and what it needs to go on.
 
@@ -85,7 +103,7 @@ class Proposal(NamedTuple):
   outputs_BkA: jax.Array
   cache: KVCache
   kvs: Any
-  hidden_BD: jax.Array | None
+  hidden_BD: Any
 
 
 def propose(
@@ -116,7 +134,7 @@ def propose(
     hidden_BD, cache = apply(
       {'params': params}, tokens_B, lanes, cache, method='decode_hidden'
     )
-    outputs_BkA = _q_outputs(model, params, hidden_BD, candidates_Bk)
+    outputs_BkA = outputs_of_tokens(hidden_BD, params, candidates_Bk, model.head)
     return Proposal(candidates_Bk, outputs_BkA, cache, None, hidden_BD)
   outputs_BkA, kvs = _peek(model, params, cache, lanes, candidates_Bk, guided_B.any())
   return Proposal(candidates_Bk, outputs_BkA, cache, kvs, None)
@@ -151,7 +169,9 @@ def settle(
     The cache, and expected rewards, float32; NaN for rows that are not guided.
   """
   if model.head.classifier_type == 'Q':
-    outputs_BA = _q_outputs(model, params, proposal.hidden_BD, tokens_B[:, None])[:, 0]
+    outputs_BA = outputs_of_tokens(
+      proposal.hidden_BD, params, tokens_B[:, None], model.head
+    )[:, 0]
     cache = proposal.cache
   else:
     place_B = find(proposal.candidates_Bk, tokens_B)
@@ -172,11 +192,28 @@ def settle(
   return cache, jnp.where(guided_B, values_B, jnp.nan)
 
 
-def _q_outputs(model: GuideModel, params, hidden_BD, tokens_Bk):
-  head = params['value_head']
-  return outputs_of_tokens(
-    hidden_BD, head['kernel'], head['bias'], tokens_Bk, model.head
+def outputs_of_tokens(
+  hidden_BD: jax.Array, params: Any, tokens_Bk: jax.Array, head: ValueHead
+) -> jax.Array:
+  """What a 'Q' head says of tokens that may come next, float32 [B, k, width].
+
+  Only their rows of the head are read.
+
+  Args:
+    hidden_BD: Hidden states at the newest tokens.
+    params: Of the guide, as `by_token` gives them.
+    tokens_Bk: int32 token ids.
+    head: Of type 'Q'.
+  """
+  kernel_OD, bias_O = params['value_head']['kernel'], params['value_head']['bias']
+  rows_BkA = tokens_Bk[..., None] * head.width + jnp.arange(head.width)
+  outputs_BkA = jnp.einsum(
+    'BD,BkAD->BkA',
+    hidden_BD.astype(jnp.float32),
+    kernel_OD[rows_BkA].astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
   )
+  return outputs_BkA + bias_O[rows_BkA].astype(jnp.float32)
 
 
 def _peek(model: GuideModel, params, cache, lanes, tokens_BT, needed):
