@@ -9,6 +9,10 @@ Workloads; random weights, and no row ends before its length:
   greedy_32      the same, 32 rows together
   shared_prefix  30M Llama, mrjax alone: 64 samples of 64 tokens from one prompt of 512,
                  beside 64 such prompts with one sample each
+  guided_1       30M Llama, mrjax alone: plain, and guided by a value model of a quarter
+                 its size over 20 candidates, with a head of type V and of type Q; one
+                 row after the other
+  guided_32      the same, 32 rows together
 
 Every contender has a process of its own, which loads, compiles and warms up once; then
 they take turns, those without it stopped, and each turn is timed until the last token
@@ -55,7 +59,15 @@ PEERS = {
   'vllm': ('peer_vllm_sampling.py', 'compiled'),
   'vllm_eager': ('peer_vllm_sampling.py', 'eager'),
 }
-WORKLOADS = ('fixed', 'natural', 'greedy_1', 'greedy_32', 'shared_prefix')
+WORKLOADS = (
+  'fixed',
+  'natural',
+  'greedy_1',
+  'greedy_32',
+  'shared_prefix',
+  'guided_1',
+  'guided_32',
+)
 
 _WORKLOADS = flags.DEFINE_list(
   'workloads', list(WORKLOADS), f'Of {", ".join(WORKLOADS)}.'
@@ -141,6 +153,11 @@ def _make_jobs(directory: Path, workloads: Sequence[str]) -> dict[str, dict[str,
       'mrjax': sampling_jobs.shared_prefix(model, shared=True),
       'mrjax_unshared': sampling_jobs.shared_prefix(model, shared=False),
     }
+    for size in (1, 32):
+      jobs[f'guided_{size}'] = {
+        name: sampling_jobs.guided(model, guide, prompts_at_once=size)
+        for name, guide in (('mrjax', ''), ('mrjax_V', 'V'), ('mrjax_Q', 'Q'))
+      }
   return {name: jobs[name] for name in workloads}
 
 
@@ -228,7 +245,7 @@ def _contenders(
     # cores idle between its bigger products.
     devices = min(hardware()['cores'], _batch_size(jobs[name]))
     environs[name] = environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
-  if 'mrjax_unshared' not in jobs:
+  if len(jobs) == 1:  # the others measure mrjax alone
     for name in _PEERS.value:
       script, *variant = PEERS[name]
       python = _PYTHONS[name.partition('_')[0]].value
@@ -302,6 +319,7 @@ def _serve_mrjax(job: Job) -> None:
     mesh,
     max_batch=_batch_size(job),
     max_length=job.max_length,
+    guide=sampling_jobs.make_guide(job.guide) if job.guide else None,
   )
   requests = job.requests()
   for _ in sys.stdin:

@@ -9,6 +9,7 @@ A job is a JSON object that says the same to everybody:
   temperature      0 for greedy
   top_p
   logprobs         whether they are wanted too
+  guide            head of a value model that guides, V or Q; empty: none
 
 Lengths are for stops: mrjax and vLLM end a row there and may not plan by them; whoever
 runs a batch to the end of its longest row does that, and useful tokens alone count.
@@ -37,6 +38,13 @@ LLAMA_1M: dict[str, Any] = {
   'head_dim': 32,
   'max_position_embeddings': 512,
 }
+GUIDE: dict[str, Any] = {  # 8 million weights
+  **LLAMA_30M,
+  'hidden_size': 256,
+  'intermediate_size': 704,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+}
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 64, 16, 128, 64
 SHARED_SAMPLES, SHARED_PROMPT_TOKENS, SHARED_NEW_TOKENS = 64, 512, 64
 _SPECIAL_IDS = 3  # padding, begin and end come first
@@ -53,6 +61,7 @@ class Job:
   temperature: float = 0.0
   top_p: float = 1.0
   logprobs: bool = False
+  guide: str = ''
 
   @property
   def num_tokens(self) -> int:
@@ -75,7 +84,13 @@ class Job:
     found = []
     for i, (ids, lengths) in enumerate(zip(self.prompts, self.lengths, strict=True)):
       params = tuple(
-        SamplingParams(self.temperature, self.top_p, max_new_tokens=length, seed=1)
+        SamplingParams(
+          self.temperature,
+          self.top_p,
+          eta=1.0 if self.guide else 0.0,
+          max_new_tokens=length,
+          seed=1,
+        )
         for length in lengths
       )
       same = len(set(params)) == 1
@@ -134,10 +149,35 @@ def shared_prefix(model: str, *, shared: bool) -> Job:
   )
 
 
+def guided(model: str, guide: str, *, prompts_at_once: int) -> Job:
+  """As `greedy`, from the nucleus and guided by `guide` over 20 candidates."""
+  job = greedy(
+    model, num_prompts=max(4, prompts_at_once), prompts_at_once=prompts_at_once
+  )
+  return dataclasses.replace(job, guide=guide, temperature=0.8, top_p=0.95)
+
+
 def random_prompts(model: dict[str, Any], lengths: Sequence[int]) -> list[list[int]]:
   rng = np.random.default_rng(0)
   draw = lambda length: rng.integers(_SPECIAL_IDS, model['vocab_size'], length)
   return [draw(length).tolist() for length in lengths]
+
+
+def make_guide(classifier_type: str):
+  """A value model of a quarter of `LLAMA_30M`, with random weights."""
+  import jax
+  import jax.numpy as jnp
+
+  from mrjax.losses.value import ValueHead
+  from mrjax.models.config import DecoderConfig
+  from mrjax.models.decoder import Decoder
+  from mrjax.sampling.guidance import GuidanceConfig
+  from mrjax.sampling.guide import Guide
+
+  config, head = DecoderConfig.from_hf(GUIDE), ValueHead(classifier_type)
+  decoder = Decoder(config, num_value_outputs=head.num_outputs(config.vocab_size))
+  init = jax.jit(lambda key: decoder.init(key, jnp.zeros((1, 1), jnp.int32))['params'])
+  return Guide(config, init(jax.random.key(1)), head, GuidanceConfig(top_k=20))
 
 
 def sentence_prompts(
