@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mrjax.data.problems import load_problems
@@ -271,6 +272,16 @@ def test_a_bad_record_is_named(v_model, tmp_path, record, message):
   with pytest.raises(ValueError, match=message) as error:
     score.run(config)
   assert isinstance(error.value, DataError) == ('not known' not in message)
+  assert not (tmp_path / 'out.jsonl').exists()
+
+
+def test_numbers_that_are_not_finite_are_an_error(v_model, tmp_path, monkeypatch):
+  values = lambda self, texts: [np.full(len(text), np.nan) for text in texts]
+  monkeypatch.setattr(score.ValueScorer, 'values', values)
+  write_jsonl(tmp_path / 'in.jsonl', PAIRS)
+  config = score_samples(v_model, tmp_path / 'in.jsonl', tmp_path / 'out.jsonl')
+  with pytest.raises(ValueError, match=r'run gives numbers that are not finite'):
+    score.run(config)
   assert not (tmp_path / 'out.jsonl').exists()
 
 

@@ -72,6 +72,7 @@ def run(config: Config) -> dict[str, Any]:
   Raises:
     DataError: A record that cannot be read, or is too long for the model.
     OutputError: The output exists and `overwrite` is off, or is an input.
+    ValueError: The model gives numbers that are not finite.
   """
   paths = expand_inputs(config.input)
   check_outputs(config.output, inputs=paths, overwrite=config.overwrite)
@@ -109,6 +110,11 @@ def run(config: Config) -> dict[str, Any]:
       while chunk := list(itertools.islice(texts, _RECORDS_AT_ONCE)):
         for text, scores_T in zip(chunk, score([text.ids for text in chunk])):
           chosen = scores_T[text.chosen]
+          if not np.isfinite(chosen).all():
+            raise ValueError(
+              f'{source.name} gives numbers that are not finite. Check its weights, or '
+              'use --dtype=float32.'
+            )
           if config.value_model:
             fields = _value_fields(text, chosen, all_of_them=config.values)
             total, count = total + (fields['value'] or 0.0), count + (chosen.size > 0)
