@@ -15,7 +15,6 @@ from mrjax.sampling.guidance import (
   guide,
   kl_per_token,
   offsets,
-  to_code_eta,
   to_paper_eta,
   top_candidates,
 )
@@ -232,7 +231,8 @@ def test_guidance_takes_the_risky_branch_and_the_baseline_does_not(
 ):
   """Section 4.1 of the paper: left pays .1 for sure, right pays 1 once in 20 times."""
   reference_BV = jnp.log(jnp.array([[0.5, 0.5]]))
-  eta = to_code_eta(paper_eta)
+  eta = 1 / paper_eta
+  assert to_paper_eta(eta) == pytest.approx(paper_eta)
   weights_Ak = np.full((2, 11), 1e-30)
   weights_Ak[0, 1] = 1.0
   weights_Ak[1, [0, 10]] = 0.95, 0.05
@@ -253,7 +253,7 @@ def test_guidance_takes_the_risky_branch_and_the_baseline_does_not(
 @pytest.mark.parametrize(('paper_eta', 'value'), [(0.1, 0.700513), (1.0, 0.082422)])
 def test_offsets_are_the_soft_value_over_the_eta_of_the_paper(paper_eta, value):
   logits_BkA = jnp.log(jnp.array([[[0.05 / 0.95]]]))
-  eta_B = jnp.array([to_code_eta(paper_eta)])
+  eta_B = jnp.array([1 / paper_eta])
   found = paper_eta * offsets(logits_BkA, eta_B, BCE, BERNOULLI)
   # eta ln(.95 + .05 exp(1 / eta)).
   assert found.item() == pytest.approx(value, abs=1e-6)
@@ -372,13 +372,8 @@ def test_kl_without_guidance_is_0_up_to_rounding_and_never_below():
 
 
 def test_conversions_of_eta():
-  assert to_code_eta(0.1) == pytest.approx(10.0)
-  assert to_code_eta(math.inf) == 0
   assert to_paper_eta(4.0) == 0.25
   assert to_paper_eta(0.0) == math.inf
-  for bad in (0.0, -1.0, math.nan):
-    with pytest.raises(ValueError, match=r'as in the paper.*above 0.*--eta'):
-      to_code_eta(bad)
   for bad in (-0.5, math.inf, math.nan):
     with pytest.raises(ValueError, match=r'--eta=.*at least 0, and finite'):
       to_paper_eta(bad)

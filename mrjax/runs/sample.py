@@ -31,6 +31,7 @@ from mrjax.runs.sample_shard import (
 )
 from mrjax.runs.stops import StopStrings
 from mrjax.sampling.engine import Engine, check_mesh
+from mrjax.sampling.guidance import to_paper_eta
 from mrjax.sampling.requests import Completion, Request, SamplingParams, fit_requests
 from mrjax.sharding.mesh import make_mesh
 
@@ -140,7 +141,13 @@ def run(config: Config) -> dict[str, Any]:
       cd_baseline=config.cd_baseline,
     )
     max_length = min(max_length, guide.source.config.max_positions)
-    if not config.eta:
+    if config.eta:
+      logging.info(
+        'Guided with eta %g, in the convention of the paper %g.',
+        config.eta,
+        to_paper_eta(config.eta),
+      )
+    else:
       logging.warning('--eta is 0: --guide guides no row.')
   requests = fit_requests(
     make_requests(config, tokenizer),

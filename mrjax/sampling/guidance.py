@@ -7,7 +7,7 @@ and filters (see `logits`), which therefore see the guided distribution. Tokens 
 no candidates keep their logits.
 
 `eta` is that of the published code and of `--eta`: a strength, 0 for none. The paper's
-eta is the weight of the KL term, 1 over it; `to_code_eta` and `to_paper_eta` convert.
+eta is the weight of the KL term, 1 over it: see `to_paper_eta`.
 
 A value model that says the same of all candidates, as one with a zero head, leaves all
 logits as they are in mode 'mle' alone. The offsets of the other modes are not relative:
@@ -102,16 +102,6 @@ class GuidanceConfig:
         f'{_MAX_V_CANDIDATES:,} are allowed; give --guidance_top_k=20, or a value '
         'model of --classifier_type=Q, which scores all in one pass.'
       )
-
-
-def to_code_eta(paper_eta: float) -> float:
-  """The eta of the code (a strength) of the paper's (the weight of the KL term)."""
-  if not paper_eta > 0:
-    raise ValueError(
-      f'eta={paper_eta} as in the paper: want a KL weight above 0; the strength --eta '
-      'is 1 over it (0.1 in the paper is --eta=10).'
-    )
-  return 1 / paper_eta
 
 
 def to_paper_eta(code_eta: float) -> float:
