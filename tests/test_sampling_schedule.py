@@ -9,6 +9,7 @@ from mrjax.models.attention import TILE
 from mrjax.sampling.plan import (
   EXACT_LANES,
   MAX_GROUP,
+  Layout,
   place_buckets,
   plan,
   slot_bucket,
@@ -56,6 +57,7 @@ class FakeDevice:
         users = [x for x in self.lanes_of(group) if x and x[0] == slot]
         old = self.slots[group, slot]
         assert not users and (old is None or old['started'] == old['count'])
+        assert prompts.entries.num_samples[at] > 0
         entries = prompts.entries
         self.slots[group, slot] = {
           'started': 0,
@@ -67,16 +69,39 @@ class FakeDevice:
         }
         assert (prompts.tokens_NS[at] == 1).sum() == entries.lengths[at] + 1
 
+  def change_counts(self, counts):
+    """Samples of each slot, some of which have been given away."""
+    for (group, slot), held in self.slots.items():
+      if held is not None:
+        assert held['started'] <= counts[group, slot] <= held['count']
+        held['count'] = int(counts[group, slot])
+
   def lanes_of(self, group):
     R = self.layout.group_size
     return self.lanes[group * R : (group + 1) * R]
 
-  def run(self, num_steps):
+  def may_go_on(self, shard, most_idle):
+    """Whether no more lanes idle than may, of groups that could get a prompt."""
+    idle = 0
+    for group in range(shard * self.layout.groups, (shard + 1) * self.layout.groups):
+      lanes = self.lanes_of(group)
+      used = {lane[0] for lane in lanes if lane}
+      slots = [self.slots[group, w] for w in range(self.layout.slots)]
+      idle += lanes.count(None) * any(
+        w not in used and (not slot or slot['started'] == slot['count'])
+        for w, slot in enumerate(slots)
+      )
+    return idle <= most_idle
+
+  def run(self, num_steps, most_idle=None):
     B = len(self.lanes)
     owners = np.full((num_steps, B), -1, np.int32)
     tokens = np.zeros((num_steps, B), np.int32)
+    off = set()
     for t in range(num_steps):
       for lane in range(B):
+        if lane // self.layout.lanes in off:
+          continue
         group = lane // self.layout.group_size
         if self.lanes[lane] is None:
           ready = [
@@ -99,8 +124,17 @@ class FakeDevice:
         self.drawn[name] = self.drawn.get(name, 0) + 1
         if drawn + 1 == self.length_of(*name):
           self.lanes[lane] = None
+      if most_idle is not None:
+        off |= {s for s, most in enumerate(most_idle) if not self.may_go_on(s, most)}
     running = np.asarray([x is not None for x in self.lanes])
     return Log(tokens, tokens / 2, tokens / 4, owners), running
+
+
+def fill(device, schedule):
+  if (counts := schedule.share_out()) is not None:
+    device.change_counts(counts)
+  for prompts in schedule.next_prompts():
+    device.fill(prompts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,9 +161,8 @@ def test_every_sample_is_drawn_once(shapes, max_lanes, shards, equal):
   device = FakeDevice(layout, shards, length_of)
   seen = {}
   while not schedule.done:
-    for prompts in schedule.next_prompts():
-      device.fill(prompts)
-    log, running = device.run(9)
+    fill(device, schedule)
+    log, running = device.run(9, schedule.most_idle())
     ended, going = schedule.gather(log, running)
     assert len(going) == running.sum()
     for row in ended:
@@ -150,6 +183,24 @@ def test_every_sample_is_drawn_once(shapes, max_lanes, shards, equal):
     assert row.sampling_logprobs == [token / 4 for token in row.token_ids]
 
 
+def serve(requests, *, max_lanes, shards, length_of):
+  """Utilisation of a whole run, and of it while samples wait for a lane."""
+  layout = plan(requests, max_lanes=max_lanes, shards=shards, may_stop=False)
+  schedule = Schedule(requests, layout, shards=shards)
+  device = FakeDevice(layout, shards, length_of)
+  whole, steady = Utilisation(), Utilisation()
+  while not schedule.done:
+    fill(device, schedule)
+    log, running = device.run(32, schedule.most_idle())
+    for row in schedule.gather(log, running)[0]:
+      schedule.end(row)
+    whole.add(log.owners_TB)
+    if schedule.waiting:
+      steady.add(log.owners_TB)
+  assert whole.busy == sum(device.drawn.values())
+  return whole.share, steady.share
+
+
 @pytest.mark.parametrize('num_samples', [1, 4, 16, 100])
 def test_lanes_are_busy_on_rows_of_natural_lengths(num_samples):
   """Over nine tenths of row-steps, up to the last requests of a run."""
@@ -159,22 +210,36 @@ def test_lanes_are_busy_on_rows_of_natural_lengths(num_samples):
   length_of = lambda problem_hash, index: lengths[
     (problem_hash[0] * 31 + index) % len(lengths)
   ]
-  layout = plan(requests, max_lanes=128, shards=1, may_stop=False)
-  schedule = Schedule(requests, layout, shards=1)
-  device = FakeDevice(layout, 1, length_of)
-  whole, steady = Utilisation(), Utilisation()
-  while not schedule.done:
-    for prompts in schedule.next_prompts():
-      device.fill(prompts)
-    log, running = device.run(32)
-    for row in schedule.gather(log, running)[0]:
-      schedule.end(row)
-    whole.add(log.owners_TB)
-    if schedule.waiting:
-      steady.add(log.owners_TB)
-  assert steady.share > 0.97
-  assert whole.share > 0.9
-  assert whole.busy == sum(device.drawn.values())
+  whole, steady = serve(requests, max_lanes=128, shards=1, length_of=length_of)
+  assert steady > 0.97
+  assert whole > 0.9
+
+
+@pytest.mark.parametrize(('shards', 'share'), [(1, 0.7), (2, 0.55)])
+def test_groups_that_run_out_take_samples_from_the_others(shards, share):
+  """Five prompts for four groups: 0.58 and 0.49 where three wait for the fourth."""
+  requests = requests_of([(30, 64, 0)] * 5, max_new_tokens=40)
+  length_of = lambda problem_hash, index: 30 + (problem_hash[0] + index) % 11
+  lanes = 128 // shards
+  whole, _ = serve(requests, max_lanes=lanes, shards=shards, length_of=length_of)
+  assert whole > share
+
+
+def test_a_group_takes_nothing_from_one_with_less_left():
+  requests = requests_of([(30, 8, 0), (20, 5, 0), (10, 5, 0)])
+  schedule = Schedule(requests, Layout(2, 8, 2, 64, 8, (64,)), shards=1)
+  (prompts,) = schedule.next_prompts()
+  assert prompts.groups_N[:3].tolist() == [0, 1, 1]
+  owners = np.asarray([[*range(8), 0, 1, 2, 3, 4, 8, 9, 10]])
+  running = np.asarray([False] * 3 + [True] * 6 + [False] * 7)
+  log = Log(owners, owners, owners, owners)
+  for row in schedule.gather(log, running)[0]:
+    schedule.end(row)
+  # Five rows in eight lanes; beside one row, and two samples that lanes will take.
+  assert schedule.waiting
+  assert schedule.share_out() is None
+  assert not list(schedule.next_prompts())
+  assert schedule.most_idle().tolist() == [16 // 16 + 3]
 
 
 def test_rows_that_all_fit_share_their_prompts_as_far_as_they_can():

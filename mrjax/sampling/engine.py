@@ -204,6 +204,9 @@ class Engine:
     self.utilisation = Utilisation()
     self.cache_bytes = trees.num_bytes((state.cache, state.guide_cache))
     while not schedule.done:
+      if (counts := schedule.share_out()) is not None:
+        slots = state.slots.replace(num_samples=self._put(counts))
+        state = state.replace(slots=slots)
       for prompts in schedule.next_prompts():
         state = self._fill(state, prompts)
       needed = min(int(lengths_B.max()) + STEPS_A_DISPATCH, layout.place_buckets[-1])
@@ -212,8 +215,7 @@ class Engine:
         self.cache_bytes = max(
           self.cache_bytes, trees.num_bytes((state.cache, state.guide_cache))
         )
-      most_idle = layout.lanes // 16 if schedule.waiting else layout.lanes
-      state, log = self._go_on(state, ended, most_idle)
+      state, log = self._go_on(state, ended, schedule.most_idle())
       log, lanes = jax.device_get((log, state.lanes))
       self.utilisation.add(log.owners_TB)
       rows, going = schedule.gather(log, lanes.running)
@@ -262,14 +264,14 @@ class Engine:
       donate_argnums=(1,),
     )
 
-  def _go_on(self, state: State, ended_B: np.ndarray, most_idle: int):
+  def _go_on(self, state: State, ended_B: np.ndarray, most_idle: np.ndarray):
     return self.compiled.call(
       'decode',
       programs.decode_program(self._models, self.mesh, num_steps=STEPS_A_DISPATCH),
       self._weights,
       state,
       self._put(ended_B),
-      self._put(np.full(self._shards, most_idle, np.int32)),
+      self._put(most_idle),
       out_shardings=lambda out: (
         self._state_shardings(out[0]),
         programs.log_shardings(out[1], self.mesh),

@@ -1,6 +1,7 @@
 """The host's side of the device loop: which prompt goes where, which row is whose."""
 
 import dataclasses
+import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -42,8 +43,17 @@ class _Job:
   request: Request
   first: int
   count: int
-  rows: dict[int, Row] = dataclasses.field(default_factory=dict)
+  rows: dict[int, Row] = dataclasses.field(default_factory=dict)  # those started
   num_ended: int = 0
+
+  @property
+  def num_unstarted(self) -> int:
+    return self.count - len(self.rows)
+
+  def split_off(self, count: int) -> '_Job':
+    """Gives up its last samples, which no lane has taken."""
+    self.count -= count
+    return _Job(self.request, self.first + self.count, count)
 
 
 class Schedule:
@@ -61,6 +71,8 @@ class Schedule:
       for part in split(request.num_samples, layout.slot_samples)
     )
     self._jobs: dict[tuple[int, int], _Job] = {}  # by group and slot
+    # Of the newest job of each slot, which may have ended.
+    self._num_samples = np.zeros((shards * layout.groups, layout.slots), np.int32)
     self._num_filled = 0
     most = max((len(request.stop_ids) for request in requests), default=0)
     self.num_stops = 1 << max(3, (most - 1).bit_length())  # few shapes
@@ -68,8 +80,8 @@ class Schedule:
 
   @property
   def waiting(self) -> bool:
-    """Whether some requests are in no slot yet."""
-    return bool(self._queue)
+    """Whether there are samples that no lane has taken."""
+    return bool(self._queue) or any(job.num_unstarted for job in self._jobs.values())
 
   @property
   def done(self) -> bool:
@@ -78,26 +90,71 @@ class Schedule:
   def next_prompts(self) -> Iterator[Prompts]:
     """Prompts for the slots that are free, in one array for each length that occurs."""
     chosen: dict[int, list[list[tuple[int, int, _Job]]]] = {}
-    # The group with the least left to do is served first; shards take turns.
-    left: dict[int, int] = dict.fromkeys(range(self.shards * self.layout.groups), 0)
-    for (group, _), job in self._jobs.items():
-      left[group] += job.count - job.num_ended
-    free = [
-      (slot, left[group], group % self.layout.groups, group)
-      for group in left
-      for slot in range(self.layout.slots)
-      if (group, slot) not in self._jobs
-    ]
-    for slot, _, _, group in sorted(free, key=lambda x: (x[1] > 0, x[1:3], x[0])):
-      if not self._queue:
-        break
+    # The group with the least to do is served first; shards take turns.
+    left = self._left()
+    turns = [(left[g], g % self.layout.groups, g) for g in self._with_free_slot()]
+    heapq.heapify(turns)
+    while self._queue and turns:
+      *_, group = heapq.heappop(turns)
+      slots = range(self.layout.slots)
+      slot, *more = (slot for slot in slots if (group, slot) not in self._jobs)
       job = self._queue.popleft()
       self._jobs[group, slot] = job
+      self._num_samples[group, slot] = job.count
+      left[group] += job.count
+      if more:
+        heapq.heappush(turns, (left[group], group % self.layout.groups, group))
       bucket = slot_bucket(len(job.request.prompt_ids))
       by_shard = chosen.setdefault(bucket, [[] for _ in range(self.shards)])
       by_shard[group // self.layout.groups].append((group, slot, job))
     for bucket, by_shard in chosen.items():
       yield self._prompts(bucket, by_shard)
+
+  def share_out(self) -> np.ndarray | None:
+    """Where no request waits, leaves samples of busy groups to groups with idle lanes.
+
+    The group with the fewest rows to come gets half of what it has less than the one
+    with the most; its prompt is then read once more. `next_prompts` has the new jobs.
+
+    Returns:
+      int32 [groups of all shards, slots], samples that each slot now has; None where
+      they are what they were.
+    """
+    layout = self.layout
+    if self._queue:
+      return None
+    left = self._left()
+    givers = {place: job for place, job in self._jobs.items() if job.num_unstarted}
+    for taker in sorted(self._with_free_slot(), key=lambda g: left[g]):
+      if not givers:
+        break
+      place = max(givers, key=lambda p: (left[p[0]], givers[p].num_unstarted))
+      job, more = givers[place], left[place[0]] - left[taker]
+      count = min(job.num_unstarted, more // 2)
+      if left[taker] >= layout.group_size or count < 1:
+        break
+      self._queue.append(job.split_off(count))
+      self._num_samples[place] = job.count
+      left[place[0]] -= count
+      left[taker] += count
+      if not job.num_unstarted:
+        del givers[place]
+      if job.count == job.num_ended:
+        del self._jobs[place]
+    return self._num_samples.copy() if self._queue else None
+
+  def most_idle(self) -> np.ndarray:
+    """For each shard, how many lanes may idle before the host should look, int32.
+
+    It has prompts for lanes that will idle, and none for those that do now.
+    """
+    layout, left = self.layout, self._left()
+    most = np.full(self.shards, layout.lanes, np.int32)
+    if self.waiting:
+      most[:] = layout.lanes // 16
+      for group in self._with_free_slot():
+        most[group // layout.groups] += max(0, layout.group_size - left[group])
+    return most
 
   def gather(
     self, log: Log, running_B: np.ndarray
@@ -143,6 +200,21 @@ class Schedule:
     job.num_ended += 1
     if job.num_ended == job.count:
       del self._jobs[row.slot]
+
+  def _left(self) -> dict[int, int]:
+    """Rows that each group has still to end."""
+    left = dict.fromkeys(range(self.shards * self.layout.groups), 0)
+    for (group, _), job in self._jobs.items():
+      left[group] += job.count - job.num_ended
+    return left
+
+  def _with_free_slot(self) -> list[int]:
+    layout = self.layout
+    return [
+      group
+      for group in range(self.shards * layout.groups)
+      if any((group, slot) not in self._jobs for slot in range(layout.slots))
+    ]
 
   def _row(self, lane: int, owner: int) -> Row:
     slot, sample = divmod(owner, self.layout.slot_samples)
