@@ -231,7 +231,7 @@ def test_donated_parameters_are_given_back():
 
 def test_bfloat16_keeps_its_weights_and_cache_in_bfloat16():
   engine = make_engine(dtype=jnp.bfloat16, max_batch=4)
-  assert engine._params['layers_1']['mlp']['up']['kernel'].dtype == jnp.bfloat16
+  assert engine._weights[0]['layers_1']['mlp']['up']['kernel'].dtype == jnp.bfloat16
   rows = rows_of(engine.generate(make_requests(1)))
   assert all(np.isfinite(row.logprobs).all() for row in rows.values())
 
