@@ -37,6 +37,24 @@ from mrjax.runs import cli, sample
 from mrjax.sampling.guidance import MODES
 
 _D = sample.Config
+
+
+class _RowsParser(flags.ArgumentParser):
+  """A number, at least 1, or `auto`, which is 0 in the configuration."""
+
+  syntactic_help = 'a number of rows, at least 1, or auto'
+
+  def parse(self, argument: str | int) -> int:
+    if argument in ('auto', 0):
+      return 0
+    if not str(argument).isdecimal() or not int(argument):
+      raise ValueError('want a number of rows, at least 1, or auto')
+    return int(argument)
+
+  def flag_type(self) -> str:
+    return 'rows'
+
+
 _FLAGS = (
   flags.DEFINE_string(
     'model', None, 'Embedded name, HF directory, hub id or checkpoint.', required=True
@@ -115,8 +133,12 @@ _FLAGS = (
     r'Strings that end a completion, with commas between or one a flag; \n, \t, \, '
     r'and \\ stand for a newline, a tab, a comma and a backslash. Not in the text.',
   ),
-  flags.DEFINE_integer(
-    'max_batch', _D.max_batch, 'Rows that run together.', lower_bound=1
+  flags.DEFINE(
+    _RowsParser(),
+    'max_batch',
+    _D.max_batch,
+    'Rows that run together; auto: as many as memory allows.',
+    serializer=flags.ArgumentSerializer(),
   ),
   flags.DEFINE_bool(
     'logprobs',

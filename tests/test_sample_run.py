@@ -440,7 +440,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(model, prompts, tmp
   [
     ({'model': ''}, '--model is empty'),
     ({'num_samples': 0}, 'num_samples=0'),
-    ({'max_batch': 0}, 'max_batch=0'),
+    ({'max_batch': -1}, 'max_batch=-1'),
     ({'limit': -1}, 'limit=-1'),
     ({'stop': ('a', '')}, 'empty string'),
     ({'top_p': 0.0}, 'top_p'),

@@ -5,6 +5,7 @@ import math
 import os
 
 import jax
+from jax.sharding import Mesh
 
 from mrjax import trees
 from mrjax.sharding.mesh import BATCH_AXES, axis_sizes
@@ -81,6 +82,17 @@ def num_cores() -> int:
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def device_memory(mesh: Mesh) -> int | None:
+  """Bytes that a device of a mesh has; None where it does not say.
+
+  The devices of a CPU share what there is.
+  """
+  device = mesh.local_devices[0]
+  if device.platform == 'cpu':
+    return memory_bytes() // len(mesh.local_devices)
+  return (device.memory_stats() or {}).get('bytes_limit')
 
 
 def memory_bytes() -> int:

@@ -29,11 +29,12 @@ from mrjax.runs.sample_shard import (
   missing_requests,
   only_writer,
 )
+from mrjax.runs.sampling_memory import make_models, rows_at_once
 from mrjax.runs.stops import StopStrings
 from mrjax.sampling.engine import Engine, check_mesh
 from mrjax.sampling.guidance import to_paper_eta
 from mrjax.sampling.requests import Completion, Request, SamplingParams, fit_requests
-from mrjax.sharding.mesh import make_mesh
+from mrjax.sharding.mesh import batch_shards, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Config:
   cd_baseline: bool = False  # controlled decoding in place of Q#
   max_new_tokens: int = 256
   stop: tuple[str, ...] = ()  # strings that end a completion, beside EOS
-  max_batch: int = 256  # rows that run together
+  max_batch: int = 256  # rows that run together; 0: as many as memory allows
   limit: int = 0  # problems; 0 takes all
   logprobs: bool = False  # also write those of every token, and what a guide says
   prompt_logprobs: bool = False  # also write those of every token of the prompt
@@ -75,9 +76,10 @@ class Config:
     for name in ('model', 'data', 'output_dir'):
       if not getattr(self, name):
         raise ValueError(f'--{name} is empty; it must be given.')
-    for name in ('num_samples', 'max_batch'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'--{name}={getattr(self, name)}: want at least 1.')
+    if self.num_samples < 1:
+      raise ValueError(f'--num_samples={self.num_samples}: want at least 1.')
+    if self.max_batch < 0:
+      raise ValueError(f'--max_batch={self.max_batch}: want at least 1, or 0 for auto.')
     if self.limit < 0:
       raise ValueError(f'--limit={self.limit}: want at least 0 (0 takes all).')
     if not all(self.stop):
@@ -158,11 +160,22 @@ def run(config: Config) -> dict[str, Any]:
   split_cpu(config, source)
   common.start_processes()
   mesh = make_mesh(config.mesh, jax.local_devices())
-  check_mesh(source.config, mesh, max_batch=config.max_batch)
+  least = config.max_batch or batch_shards(mesh)
+  check_mesh(source.config, mesh, max_batch=least)
   if guide:
-    check_mesh(guide.source.config, mesh, max_batch=config.max_batch)
-  facts = model.adapter_facts(mesh)
+    check_mesh(guide.source.config, mesh, max_batch=least)
   process, count = jax.process_index(), jax.process_count()
+  dtype = common.resolve_dtype(config.dtype)
+  own = requests[process::count]
+  max_batch = rows_at_once(
+    make_models(source.config, guide, dtype=dtype),
+    mesh,
+    own,
+    cache_dtype=dtype if config.cache_dtype == 'auto' else config.cache_dtype,
+    max_batch=config.max_batch,
+    may_stop=stops is not None,
+  )
+  facts = model.adapter_facts(mesh)
   if process == 0:
     common.prepare_output_dir(
       config.output_dir, config, facts=facts, overwrite=config.overwrite, resume=True
@@ -173,7 +186,14 @@ def run(config: Config) -> dict[str, Any]:
   check_shards(shard, count)
   with only_writer(shard), JsonlAppender(shard) as appender:
     return _run_shard(
-      config, model, guide, mesh, tokenizer, stops, requests[process::count], appender
+      dataclasses.replace(config, max_batch=max_batch),
+      model,
+      guide,
+      mesh,
+      tokenizer,
+      stops,
+      own,
+      appender,
     )
 
 
@@ -181,7 +201,9 @@ def split_cpu(config: Config, source: ModelSource) -> bool:
   """`machine.split_cpu` for a sampling run of a model; only the first one counts."""
   dtype = jnp.bfloat16 if config.dtype == 'bfloat16' else jnp.float32
   return machine.split_cpu(
-    source.param_shapes(dtype), mesh=config.mesh, max_batch=config.max_batch
+    source.param_shapes(dtype),
+    mesh=config.mesh,
+    max_batch=config.max_batch or machine.num_cores(),
   )
 
 
