@@ -1,5 +1,9 @@
 """The product with a kernel: plain gradients, and no copy of the kernel kept."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +93,39 @@ def test_a_step_on_an_adapter_needs_no_second_copy_of_the_layers(kind):
   temporary = compiled.memory_analysis().temp_size_in_bytes
   # One layer's kernels at a time, with their transposes, and small things.
   assert temporary < 3 * full / 12, (temporary, full)
+
+
+@pytest.mark.parametrize('num_inputs', [48, 97, 384, 640])
+@pytest.mark.parametrize(('rows', 'num_outputs'), [(1, 33), (5, 1), (17, 1290)])
+def test_tiles_give_the_product(rows, num_inputs, num_outputs):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(rows, num_inputs)).astype(np.float32)
+  kernel = rng.normal(size=(num_inputs, num_outputs)).astype(np.float32)
+  y = products.matmul_in_tiles(x, kernel)
+  assert y.shape == (rows, num_outputs) and y.dtype == np.float32
+  np.testing.assert_allclose(y, x.astype(np.float64) @ kernel, atol=1e-4)
+
+
+# With as many threads as a bigger machine has (NPROC): in a process of its own.
+ROWS_BESIDE = """
+import jax, numpy as np
+from mrjax.models.products import matmul_in_tiles
+
+rng = np.random.default_rng(0)
+options = {'xla_cpu_experimental_ynn_fusion_type': ''}
+for num_inputs, num_outputs in ((384, 48), (1376, 512), (512, 1376), (130, 1)):
+  kernel = rng.normal(size=(num_inputs, num_outputs)).astype(np.float32)
+  x = rng.normal(size=(160, num_inputs)).astype(np.float32)
+  def product(rows):
+    lowered = jax.jit(matmul_in_tiles).lower(x[:rows], kernel)
+    return np.asarray(lowered.compile(options)(x[:rows], kernel))
+  whole = product(160)
+  for rows in (1, 3, 16, 47, 96):
+    assert np.array_equal(product(rows), whole[:rows]), (num_inputs, num_outputs, rows)
+"""
+
+
+@pytest.mark.parametrize('num_threads', [2, 4, 16])
+def test_rows_beside_a_row_change_no_bit_of_its_product_in_tiles(num_threads):
+  environ = os.environ | {'NPROC': str(num_threads), 'JAX_PLATFORMS': 'cpu'}
+  subprocess.run([sys.executable, '-c', ROWS_BESIDE], env=environ, check=True)

@@ -1,4 +1,4 @@
-"""A row has the same bits whatever runs beside it, on a CPU with `EXACT_LANES`."""
+"""On a CPU a row has the same bits whatever runs beside it."""
 
 import dataclasses
 import functools
@@ -11,7 +11,6 @@ import pytest
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling.engine import Engine
-from mrjax.sampling.plan import EXACT_LANES
 from mrjax.sampling.requests import Request, SamplingParams
 from mrjax.sharding.mesh import make_mesh
 
@@ -31,7 +30,7 @@ CONFIG = DecoderConfig.from_hf(
   }
 )
 PARAMS = SamplingParams(
-  temperature=0.9, top_p=0.9, max_new_tokens=90, seed=3, stop_ids=(4, 5, 6)
+  temperature=0.9, top_p=0.9, max_new_tokens=60, seed=3, stop_ids=(4, 5, 6)
 )
 
 
@@ -43,16 +42,16 @@ def params():
 
 @functools.cache
 def requests() -> list[Request]:
-  """Prompts of 1 to 150 tokens with 1 to 9 samples each."""
+  """Prompts of 1 to 120 tokens with 1 to 9 samples each."""
   rng = np.random.default_rng(7)
-  lengths = [1, 150, 64, 65, 2, 30, 129, 77, 20]
+  lengths = [1, 120, 64, 65, 2, 30, 99, 77, 20]
   return [
     Request(f'p{i}', tuple(rng.integers(7, 211, length).tolist()), i + 1, PARAMS)
     for i, length in enumerate(lengths)
   ]
 
 
-def rows_of(asked, *, max_batch=EXACT_LANES, mesh='data:1'):
+def rows_of(asked, *, max_batch=64, mesh='data:1'):
   num_devices = 2 if '2' in mesh else 1
   mesh = make_mesh(mesh, jax.devices()[:num_devices])
   engine = Engine(CONFIG, params(), mesh, max_batch=max_batch)
@@ -84,7 +83,7 @@ def one_by_one() -> list[Request]:
 
 
 def with_a_long_neighbour() -> list[Request]:
-  more = dataclasses.replace(PARAMS, max_new_tokens=200, stop_ids=())
+  more = dataclasses.replace(PARAMS, max_new_tokens=130, stop_ids=())
   prompt = requests()[1].prompt_ids * 2
   return [*requests(), Request('long', prompt, 3, more)]
 
@@ -106,20 +105,17 @@ def test_neighbours_change_no_bit(case):
   )
 
 
-@pytest.mark.parametrize('max_batch', [EXACT_LANES + 8, 3 * EXACT_LANES])
+@pytest.mark.parametrize('max_batch', [5, 33, 192])
 def test_the_number_of_lanes_changes_no_bit(max_batch):
   many = [dataclasses.replace(r, num_samples=21) for r in requests()]
-  rows = rows_of(many, max_batch=max_batch)
+  rows = rows_of(many if max_batch > 64 else requests(), max_batch=max_batch)
   assert {name: rows[name] for name in expected()} == expected()
 
 
+def test_a_lane_alone_changes_no_bit():
+  rows = rows_of(requests()[:3], max_batch=1)
+  assert rows == {name: row for name, row in expected().items() if name in rows}
+
+
 def test_shards_change_no_bit():
-  rows = rows_of(requests(), max_batch=2 * EXACT_LANES, mesh='data:2')
-  assert rows == expected()
-
-
-def test_fewer_lanes_give_the_same_tokens():
-  rows = rows_of(requests(), max_batch=5)
-  for name, (token_ids, reason, logps, _) in expected().items():
-    assert rows[name][:2] == (token_ids, reason)
-    np.testing.assert_allclose(rows[name][2], logps, atol=1e-5)
+  assert rows_of(requests(), max_batch=30, mesh='data:2') == expected()

@@ -252,7 +252,7 @@ def cached_attention(
     'window': window,
     'scale': scale,
     'softcap': softcap,
-    'tile': TILE if fixed_tiles else 0,
+    'fixed_tiles': fixed_tiles,
   }
   merged = _merge(
     # A lone query would be a matrix-vector product, which sums in an order of its own.
@@ -281,7 +281,7 @@ def _attend_to_part(
   window,
   scale,
   softcap,
-  tile,
+  fixed_tiles,
   min_queries,
 ):
   """Maximum and sum [B, K, G, T] and weighted values [B, K, G, T, H] of one part."""
@@ -289,7 +289,7 @@ def _attend_to_part(
   P, K, S = part.k.values.shape[:3]
   n, G = B // P, N // K
   Q = n * G * T
-  tile = tile or S
+  tile = TILE if fixed_tiles else S
   J = S // tile
   k, v = (_split_places(stored, (P, K, J, tile)) for stored in (part.k, part.v))
   q_PKQH = q_BTNH.reshape(P, n, T, K, G, H).transpose(0, 3, 1, 4, 2, 5)
@@ -303,7 +303,15 @@ def _attend_to_part(
   more = max(0, min_queries - Q)
   q_PKQH = jnp.pad(q_PKQH, ((0, 0), (0, 0), (0, more), (0, 0)))
   seen_PJQs = jnp.pad(seen_PJQs, ((0, 0), (0, 0), (0, more), (0, 0)))
-  scores = _tiled_scores(q_PKQH, k)
+  # More at once, over wide heads, could be shared out to threads within their sums.
+  most = 64 if fixed_tiles and H > 128 else q_PKQH.shape[2]
+  scores = jnp.concatenate(
+    [
+      _tiled_scores(q_PKQH[:, :, first : first + most], k)
+      for first in range(0, q_PKQH.shape[2], most)
+    ],
+    axis=3,
+  )
   scores = jnp.where(seen_PJQs[:, None], _cap(scores * scale, softcap), _MASKED)
   top_PKQ = scores.max(axis=(2, 4))
   weights = jnp.exp(scores - top_PKQ[:, :, None, :, None])

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mrjax.models import remat
+from mrjax.models import products, remat
 from mrjax.models.attention import NO_WINDOW
 from mrjax.models.cache import KVCache, Lanes
 from mrjax.models.config import DecoderConfig
@@ -44,8 +44,9 @@ class Decoder(nn.Module):
     lora_dropout: Share of adapter inputs dropped, in training; above 0, `apply` needs
       `rngs={'dropout': key}`.
     attention_backend: Of whole rows; see `attention.choose_backend`.
-    fixed_tiles: In decoding, make attention in tiles of fixed size: see
-      `attention.cached_attention`.
+    fixed_tiles: Make products in tiles of fixed size, those of attention to a cache
+      too: the bits of a row then depend on nothing that runs beside it. For sampling
+      on a CPU; see `products.matmul_in_tiles` and `attention.cached_attention`.
   """
 
   config: DecoderConfig
@@ -91,6 +92,7 @@ class Decoder(nn.Module):
         True,
         stddev=c.initializer_range,
         dtype=jnp.float32,
+        fixed_tiles=self.fixed_tiles,
       )
     elif not c.tie_embeddings:
       self.lm_head = Linear(
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         False,
         stddev=c.initializer_range,
         dtype=self.dtype,
+        fixed_tiles=self.fixed_tiles,
       )
 
   def __call__(
@@ -205,7 +208,12 @@ class Decoder(nn.Module):
     c = self.config
     if self.num_value_outputs:
       return self.value_head(hidden_BTD.astype(jnp.float32))
-    if c.tie_embeddings:
+    if c.tie_embeddings and self.fixed_tiles:
+      table_DV = self.embed.embedding.astype(self.dtype).T
+      logits = products.matmul_in_tiles(
+        hidden_BTD.reshape(-1, c.hidden_size), table_DV
+      ).reshape(*hidden_BTD.shape[:-1], -1)
+    elif c.tie_embeddings:
       logits = self.embed.attend(hidden_BTD)
     else:
       logits = self.lm_head(hidden_BTD)

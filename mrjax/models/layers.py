@@ -82,6 +82,7 @@ class Linear(nn.Module):
   stddev: float
   dtype: Any
   lora: LoraSettings = LoraSettings()
+  fixed_tiles: bool = False  # `products.matmul_in_tiles`
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,6 +111,9 @@ class Linear(nn.Module):
       (*self.in_dims, *self.out_dims),
       jnp.float32,
     )
+    if self.fixed_tiles:
+      kernel = kernel.astype(self.dtype).reshape(x_2d.shape[1], -1)
+      return products.matmul_in_tiles(x_2d, kernel)
     return products.matmul(x_2d, kernel)
 
   def _adapter(self, x_2d: jax.Array) -> jax.Array:
@@ -165,7 +169,12 @@ class Attention(nn.Module):
   def setup(self):
     c = self.config
     dims = linear_dims(c)
-    kw: Any = {'stddev': c.initializer_range, 'dtype': self.dtype, 'lora': self.lora}
+    kw: Any = {
+      'stddev': c.initializer_range,
+      'dtype': self.dtype,
+      'lora': self.lora,
+      'fixed_tiles': self.fixed_tiles,
+    }
     self.q = Linear(*dims['attn/q'], c.qkv_bias, **kw)
     self.k = Linear(*dims['attn/k'], c.qkv_bias, **kw)
     self.v = Linear(*dims['attn/v'], c.qkv_bias, **kw)
@@ -233,11 +242,17 @@ class MLP(nn.Module):
   config: DecoderConfig
   dtype: Any
   lora: LoraSettings = LoraSettings()
+  fixed_tiles: bool = False
 
   def setup(self):
     c = self.config
     dims = linear_dims(c)
-    kw: Any = {'stddev': c.initializer_range, 'dtype': self.dtype, 'lora': self.lora}
+    kw: Any = {
+      'stddev': c.initializer_range,
+      'dtype': self.dtype,
+      'lora': self.lora,
+      'fixed_tiles': self.fixed_tiles,
+    }
     self.gate = Linear(*dims['mlp/gate'], c.mlp_bias, **kw)
     self.up = Linear(*dims['mlp/up'], c.mlp_bias, **kw)
     self.down = Linear(*dims['mlp/down'], c.mlp_bias, **kw)
@@ -265,7 +280,7 @@ class DecoderLayer(nn.Module):
     self.attn = Attention(
       c, self.dtype, self.lora, self.attention_backend, self.fixed_tiles
     )
-    self.mlp = MLP(c, self.dtype, self.lora)
+    self.mlp = MLP(c, self.dtype, self.lora, self.fixed_tiles)
 
   def _finish(self, x_BTD, attended_BTD):
     c = self.config

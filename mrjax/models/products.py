@@ -38,6 +38,38 @@ def _flat(kernel: jax.Array, like: jax.Array, num_outputs: int = 0) -> jax.Array
   return kernel.astype(like.dtype).reshape(shape)
 
 
+def matmul_in_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x [rows, I] times a matrix [I, O]; on a CPU the bits of a row depend on it alone.
+
+  XLA leaves products to Eigen there, which may share a long sum out to threads: whether
+  and how depends on the number of rows (`shardByInnerDim` and `numThreadsInnerDim` in
+  its TensorContractionThreadPool.h). A sum of 128 terms is never shared out, one of 256
+  is not in a product as large as the second below: sums are cut to such tiles, and few
+  rows filled up to as many as that takes.
+  """
+  rows, num_inputs = x.shape
+  num_outputs = kernel.shape[1]
+  most, least_rows = (256, 16) if num_outputs >= 1280 else (128, 8)
+  num_tiles = -(-num_inputs // most)
+  # Equal tiles without filling up, where none becomes much smaller: no copy is made.
+  while num_inputs % num_tiles and num_inputs // num_tiles > most // 2:
+    num_tiles += 1
+  size = -(-num_inputs // num_tiles)
+  more_inputs = num_tiles * size - num_inputs
+  # Sums of a row alone are never shared out.
+  more_rows = max(0, least_rows - rows) if rows > 1 or num_tiles == 1 else 0
+  more_outputs = max(0, 16 - num_outputs)
+  x = jnp.pad(x, ((0, more_rows), (0, more_inputs)))
+  kernel = jnp.pad(kernel, ((0, more_inputs), (0, more_outputs)))
+  y = jnp.einsum(
+    'jri,jio->jro',
+    x.reshape(-1, num_tiles, size).swapaxes(0, 1),
+    kernel.reshape(num_tiles, size, -1),
+    preferred_element_type=jnp.float32,
+  )
+  return y.sum(axis=0)[:rows, :num_outputs].astype(x.dtype)
+
+
 @jax.custom_vjp
 def down_projection(x: jax.Array, a: jax.Array) -> jax.Array:
   """x [rows, I] times a narrow matrix [I, R], float32 [rows, R].

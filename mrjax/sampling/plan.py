@@ -8,9 +8,6 @@ from mrjax.models.attention import TILE
 from mrjax.sampling.requests import Request
 
 MAX_GROUP = 32  # lanes that share slots
-# Lanes from which on, on a CPU, a row has the same bits for any number of them: XLA
-# makes products of fewer rows in other ways, which sum in another order.
-EXACT_LANES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +67,7 @@ def plan(
     slots, samples = 2, max(len(part) for part in split(counts[-1], 4 * size))
   return Layout(
     # In powers of two: few shapes, however many requests a call has.
-    groups=min(
-      max(_power_of_two(-(-parts(size) // shards)), EXACT_LANES // size),
-      max_lanes // size,
-    ),
+    groups=min(_power_of_two(-(-parts(size) // shards)), max_lanes // size),
     group_size=size,
     slots=slots,
     slot_places=slot_bucket(max(len(request.prompt_ids) for request in requests)),
