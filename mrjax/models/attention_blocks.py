@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mrjax.models.remat import ATTENTION
 
 BLOCK = 128  # most places of a block
+CHUNK_BLOCK = 512  # the same, of `chunk_attention`
 _MASKED = -1e30  # finite, so that rows that see nothing stay free of NaN
 
 
@@ -62,6 +63,86 @@ def block_attention(
     jnp.asarray(window, jnp.int32),
   )
   return out_BTNH[:, :T]
+
+
+def chunk_attention(
+  q_BTNH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  *,
+  start: jax.Array | int,
+  window: int,
+  scale: float,
+  softcap: float | None = None,
+  block: int = CHUNK_BLOCK,
+) -> jax.Array:
+  """Causal attention of a chunk to the text before it and to itself, [B, T, N, H].
+
+  Blocks of keys after a block of queries, or out of its window, are never read.
+
+  Args:
+    q_BTNH: Queries of the places from `start` on.
+    k_BKSH: Keys of all places so far, those of the chunk among them.
+    v_BKSH: Values.
+    start: int32, a multiple of T.
+    window: Number of most recent places visible, the query's own included.
+    scale: Multiplies q.k.
+    softcap: Where set, scores become softcap * tanh(scores / softcap).
+    block: Most places of a block; a divisor of T where it is less.
+  """
+  T, N, K = *q_BTNH.shape[1:3], k_BKSH.shape[1]
+  block = min(block, T)
+  q_CBKRH = _split(q_BTNH, T // block, K)
+
+  def one_block(i):
+    first_place = start + i * block
+
+    def add_keys(j, carry):
+      k, v = (
+        jax.lax.dynamic_slice_in_dim(x, j * block, block, axis=2)
+        for x in (k_BKSH, v_BKSH)
+      )
+      distance_QS = (
+        first_place - j * block + jnp.arange(block)[:, None] - jnp.arange(block)
+      )
+      seen_BQS = ((distance_QS >= 0) & (distance_QS < window))[None]
+      scores, _ = _scores(q_CBKRH[i], k, seen_BQS, scale, softcap)
+      return _add_keys(carry, scores, v)
+
+    _, total, out = jax.lax.fori_loop(
+      jnp.maximum(first_place - window + 1, 0) // block,
+      first_place // block + 1,
+      add_keys,
+      _no_keys(q_CBKRH.shape[1:]),
+    )
+    return (out / total[..., None]).astype(q_BTNH.dtype)
+
+  return _unsplit(jax.lax.map(one_block, jnp.arange(T // block)), N // K)
+
+
+def _no_keys(shape):
+  """What `_add_keys` begins with: greatest score, sum of weights, weighted values."""
+  return (
+    jnp.full(shape[:-1], _MASKED, jnp.float32),
+    jnp.zeros(shape[:-1], jnp.float32),
+    jnp.zeros(shape, jnp.float32),
+  )
+
+
+def _add_keys(carry, scores_BKRS, v_BKSH):
+  """One more block of keys in a softmax and the values it weighs."""
+  top, total, out = carry
+  new_top = jnp.maximum(top, scores_BKRS.max(axis=-1))
+  weights = jnp.exp(scores_BKRS - new_top[..., None])
+  shrink = jnp.exp(top - new_top)
+  total = total * shrink + weights.sum(axis=-1)
+  values = jnp.einsum(
+    'BKRS,BKSH->BKRH',
+    weights.astype(v_BKSH.dtype),
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  return new_top, total, out * shrink[..., None] + values
 
 
 def _first_blocks(segments_BT: jax.Array, window, num_blocks: int) -> jax.Array:
@@ -128,31 +209,12 @@ def _attention_fwd(
 
   def one_block(i):
     def add_keys(j, carry):
-      top, total, out = carry
       seen = _seen(segments_CBQ, i, j, window)
       scores, _ = _scores(q_CBKRH[i], k_CBKSH[j], seen, scale, softcap)
-      new_top = jnp.maximum(top, scores.max(axis=-1))
-      weights = jnp.exp(scores - new_top[..., None])
-      shrink = jnp.exp(top - new_top)
-      total = total * shrink + weights.sum(axis=-1)
-      values = jnp.einsum(
-        'BKRS,BKSH->BKRH',
-        weights.astype(v_BTKH.dtype),
-        v_CBKSH[j],
-        preferred_element_type=jnp.float32,
-      )
-      return new_top, total, out * shrink[..., None] + values
+      return _add_keys(carry, scores, v_CBKSH[j])
 
-    rows = q_CBKRH.shape[1:4]
     top, total, out = jax.lax.fori_loop(
-      first_C[i],
-      i + 1,
-      add_keys,
-      (
-        jnp.full(rows, _MASKED, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros(q_CBKRH.shape[1:], jnp.float32),
-      ),
+      first_C[i], i + 1, add_keys, _no_keys(q_CBKRH.shape[1:])
     )
     real = jnp.tile(segments_CBQ[i] != 0, (1, G))[:, None]
     out = jnp.where(real[..., None], out / total[..., None], 0.0)

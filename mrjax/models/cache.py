@@ -61,7 +61,7 @@ class LayerCache(NamedTuple):
 
   def write(self, k_BKH: jax.Array, v_BKH: jax.Array) -> 'LayerCache':
     """With one more own token a row."""
-    k_BKH, v_BKH = _move_faults(k_BKH, v_BKH)
+    k_BKH, v_BKH = move_faults(k_BKH, v_BKH)
     return self._replace(
       own_k=_write(self.own_k, k_BKH, self.lanes.own_lengths_B),
       own_v=_write(self.own_v, v_BKH, self.lanes.own_lengths_B),
@@ -100,7 +100,7 @@ class KVCache(flax.struct.PyTreeNode):
   def write(self, kvs, lanes: Lanes) -> 'KVCache':
     """With one more own token a row: for each layer, its key and value [B, K, H]."""
     places_B = lanes.own_lengths_B
-    kvs = [_move_faults(*kv) for kv in kvs]
+    kvs = [move_faults(*kv) for kv in kvs]
     return self.replace(
       own_k=tuple(_write(x, k, places_B) for x, (k, _) in zip(self.own_k, kvs)),
       own_v=tuple(_write(x, v, places_B) for x, (_, v) in zip(self.own_v, kvs)),
@@ -116,7 +116,7 @@ class KVCache(flax.struct.PyTreeNode):
       slots_N: int32 slot.
     """
     places = prefix[0][0].shape[2]
-    prefix = [_move_faults(*kv) for kv in prefix]
+    prefix = [move_faults(*kv) for kv in prefix]
 
     def put(stored: Stored, new: jax.Array) -> Stored:
       # [N, K, S', ...] replaces the slots' first places.
@@ -193,7 +193,7 @@ def store(x: jax.Array, dtype: Any) -> Stored:
   return Stored(values.astype(jnp.int8), scales)
 
 
-def _move_faults(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def move_faults(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Values that are not finite become keys that are not, for what is to be stored.
 
   A key that a row does not see is masked out. A value that it does not see is

@@ -157,6 +157,33 @@ class Decoder(nn.Module):
       prefix.append(kv)
     return tuple(prefix)
 
+  def prefill_chunk(
+    self, tokens_PT: jax.Array, prefix, *, start: jax.Array, max_lengths_P: jax.Array
+  ):
+    """Goes on reading right-padded prompts, with their places from `start` on.
+
+    Memory beside `prefix` grows with T and not with the length of the prompts.
+
+    Args:
+      tokens_PT: int32 tokens of those places.
+      prefix: As `prefill` gives it, with room for all places, of which those before
+        `start` have been read.
+      start: int32, a multiple of T.
+      max_lengths_P: As for `prefill`.
+
+    Returns:
+      `prefix` with these places.
+    """
+    places_T = start + jnp.arange(tokens_PT.shape[1])
+    positions_PT = jnp.broadcast_to(places_T, tokens_PT.shape)
+    x, inputs = self._begin(tokens_PT, positions_PT, None, max_lengths_P)
+    read = []
+    for i, layer in enumerate(self.layers):
+      window = self.config.layer_windows[i] or NO_WINDOW
+      x, kv = layer.prefill_chunk(x, window, inputs, prefix[i], start)
+      read.append(kv)
+    return tuple(read)
+
   def decode(
     self, tokens_B: jax.Array, lanes: Lanes, cache: KVCache
   ) -> tuple[jax.Array, KVCache]:

@@ -10,7 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mrjax.models import products, quantized
 from mrjax.models.attention import NO_WINDOW, attention, cached_attention
-from mrjax.models.cache import LayerCache
+from mrjax.models.attention_blocks import chunk_attention
+from mrjax.models.cache import LayerCache, move_faults
 from mrjax.models.config import DecoderConfig
 from mrjax.models.remat import LAYER_INPUT, PRODUCT
 from mrjax.models.rope import apply_rope
@@ -209,6 +210,29 @@ class Attention(nn.Module):
     )
     return self.o(out_BTNH), (k_BTKH, v_BTKH)
 
+  def prefill_chunk(self, x_PTD, window, inputs: LayerInputs, prefix, start):
+    """Attends to the text before the chunk and to the chunk, which `prefix` then holds.
+
+    `prefix` are keys and values [P, K, S, H] of the places so far.
+    """
+    q_PTNH, k_PTKH, v_PTKH = self.project(x_PTD, inputs)
+    # As in the cache: what is not finite and not seen must not reach other tokens.
+    kv = move_faults(k_PTKH, v_PTKH)
+    k_PKSH, v_PKSH = prefix = tuple(
+      jax.lax.dynamic_update_slice_in_dim(x, new.swapaxes(1, 2), start, axis=2)
+      for x, new in zip(prefix, kv)
+    )
+    out_PTNH = chunk_attention(
+      q_PTNH,
+      k_PKSH,
+      v_PKSH,
+      start=start,
+      window=window,
+      scale=self.config.attention_scale,
+      softcap=self.config.attention_softcap,
+    )
+    return self.o(out_PTNH), prefix
+
   def decode(self, x_B1D, window, inputs: LayerInputs, cache: LayerCache):
     """Attends to the cache and the new token, which the own part then holds."""
     q_B1NH, k_B1KH, v_B1KH = self.project(x_B1D, inputs)
@@ -301,6 +325,13 @@ class DecoderLayer(nn.Module):
     attended_BTD, (k, v) = self.attn(self.attn_norm(x_BTD), window, inputs)
     kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return self._finish(x_BTD, attended_BTD), kv
+
+  def prefill_chunk(self, x_PTD, window, inputs: LayerInputs, prefix, start):
+    normed_PTD = self.attn_norm(x_PTD)
+    attended_PTD, prefix = self.attn.prefill_chunk(
+      normed_PTD, window, inputs, prefix, start
+    )
+    return self._finish(x_PTD, attended_PTD), prefix
 
   def decode(self, x_B1D, window, inputs: LayerInputs, cache: LayerCache):
     attended_B1D, own = self.attn.decode(self.attn_norm(x_B1D), window, inputs, cache)

@@ -22,6 +22,7 @@ from mrjax.sampling.lanes import (
 )
 from mrjax.sampling.logits import Array, mark_seen
 from mrjax.sampling.plan import Layout
+from mrjax.sampling.prefill import read_prompts
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards
 
 PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
@@ -96,7 +97,10 @@ def empty_state(
 
 
 def fill(models: Models, weights: Any, state: State, prompts: Prompts) -> State:
-  """Reads prompts, once each, as many at a time as `PREFILL_TOKENS` allows."""
+  """Reads prompts, once each, as many at a time as `PREFILL_TOKENS` allows.
+
+  Long ones are read a chunk at a time: see `read_prompts`.
+  """
   N, S = prompts.tokens_NS.shape
   G = state.slots.lengths.shape[0]
   size = min(N, max(1, PREFILL_TOKENS // S))
@@ -105,16 +109,15 @@ def fill(models: Models, weights: Any, state: State, prompts: Prompts) -> State:
   groups_N = jnp.where(jnp.arange(N) < number, prompts.groups_N, G)
 
   def read_into(cache, decoder, params, lengths_N):
-    apply: Callable[..., Any] = functools.partial(decoder.apply, {'params': params})
-
     def read(i, cache):
       start = jnp.minimum(i * size, N - size)
       take = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)
-      prefix = apply(
+      prefix = read_prompts(
+        decoder,
+        params,
         take(prompts.tokens_NS),
         lengths_P=take(lengths_N),
         max_lengths_P=take(prompts.entries.max_lengths),
-        method='prefill',
       )
       return cache.fill_slots(prefix, take(groups_N), take(prompts.slots_N))
 
