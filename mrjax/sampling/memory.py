@@ -15,6 +15,7 @@ from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling.drawing import Models
 from mrjax.sampling.plan import Layout
+from mrjax.sampling.prefill import CHUNK
 from mrjax.sampling.programs import PREFILL_TOKENS, empty_state
 from mrjax.sampling.weights import only_tensor
 from mrjax.sharding.rules import param_shardings
@@ -155,13 +156,13 @@ def _prefill_bytes(decoder: Decoder, layout: Layout) -> int:
   c: DecoderConfig = decoder.config
   prompts = layout.groups * layout.slots
   prompts = min(prompts, max(1, PREFILL_TOKENS // layout.slot_places))
-  tokens = prompts * layout.slot_places
-  stored = 2 * c.num_layers * c.num_kv_heads * c.head_dim
-  width = stored + 8 * c.hidden_size + 3 * c.intermediate_size
-  width += 4 * c.num_heads * c.head_dim
+  tokens = prompts * min(layout.slot_places, CHUNK)
+  stored = 2 * c.num_layers * c.num_kv_heads * c.head_dim * layout.slot_places * prompts
+  width = 8 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim
   seen = min(layout.slot_places, 4 * BLOCK)
   scores = _SCORES_COPIES * c.num_heads * seen * 4
-  return tokens * (width * jnp.dtype(decoder.dtype).itemsize + scores)
+  itemsize = jnp.dtype(decoder.dtype).itemsize
+  return stored * itemsize + tokens * (width * itemsize + scores)
 
 
 def _gb(number: int) -> str:
