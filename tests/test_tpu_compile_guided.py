@@ -72,9 +72,14 @@ def weight_bytes(classifier_type: str) -> float:
   return trees.num_bytes(parts.weights) / 2
 
 
-@pytest.mark.parametrize('classifier_type', HEADS)
 @pytest.mark.parametrize(
-  'build', [sampling_programs.fill, sampling_programs.decode], ids=['fill', 'decode']
+  ('build', 'classifier_type'),
+  [
+    (sampling_programs.fill, 'V'),
+    (sampling_programs.decode, 'V'),
+    (sampling_programs.decode, 'Q'),
+  ],
+  ids=['fill', 'decode-V', 'decode-Q'],
 )
 def test_guided_sampling_compiles_for_a_slice(tpu_compiler, build, classifier_type):
   memory, cache_bytes = tpu_compiler(compile_for_tpu, build, classifier_type)
