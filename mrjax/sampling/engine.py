@@ -104,7 +104,9 @@ class Engine:
       dtype=dtype,
       scan_layers=False,
       # Costs accelerators time, and their products are not reproducible to the bit.
-      fixed_tiles=mesh.devices.flat[0].platform == 'cpu',
+      # Tiles of a sum that is split over devices would be moved between them, in an
+      # order in which the CPU's collectives can wait for one another for ever.
+      fixed_tiles=mesh.devices.flat[0].platform == 'cpu' and mesh.shape['tensor'] == 1,
     )
     place = functools.partial(
       split_layers, mesh=mesh, dtype=dtype, donate=donate_params
