@@ -17,7 +17,7 @@ from mrjax.sampling.requests import Request, SamplingParams
 from mrjax.sharding.mesh import make_mesh
 
 SIZES = {
-  'vocab_size': 41,
+  'vocab_size': 42,
   'hidden_size': 24,
   'intermediate_size': 40,
   'num_hidden_layers': 2,
@@ -115,15 +115,18 @@ def requests() -> list[Request]:
 
 # Rounding to 8 bits may turn a last bit into a step of the stored numbers.
 @pytest.mark.parametrize(
-  ('name', 'cache_dtype', 'atol'),
-  [('window', 'int8', 5e-3), ('longrope', 'float32', 1e-5)],
+  ('name', 'cache_dtype', 'atol', 'mesh'),
+  [
+    ('window', 'int8', 5e-3, 'data:1'),
+    ('longrope', 'float32', 1e-4, 'data:2,tensor:2'),
+  ],
 )
-def test_chunks_change_no_completion(monkeypatch, name, cache_dtype, atol):
+def test_chunks_change_no_completion(monkeypatch, name, cache_dtype, atol, mesh):
   config, params = model(name)
+  mesh = make_mesh(mesh, jax.devices()[: 1 if mesh == 'data:1' else 4])
 
   def rows():
     monkeypatch.setattr(compiled, '_PROGRAMS', {})
-    mesh = make_mesh('data:1', jax.devices()[:1])
     engine = Engine(config, params, mesh, max_batch=16, cache_dtype=cache_dtype)
     done = list(engine.generate(requests()))
     return {(r.problem_id, r.sample_index): (r.token_ids, r.logprobs) for r in done}
