@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+_ROWS_AT_ONCE = 1024  # of `matmul_in_tiles`
+
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -45,9 +47,15 @@ def matmul_in_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
   and how depends on the number of rows (`shardByInnerDim` and `numThreadsInnerDim` in
   its TensorContractionThreadPool.h). A sum of 128 terms is never shared out, one of 256
   is not in a product as large as the second below: sums are cut to such tiles, and few
-  rows filled up to as many as that takes.
+  rows filled up to as many as that takes. Many rows go in blocks, as the products of
+  all tiles are in memory at once.
   """
   rows, num_inputs = x.shape
+  if rows > _ROWS_AT_ONCE:
+    blocks = jnp.pad(x, ((0, -rows % _ROWS_AT_ONCE), (0, 0)))
+    blocks = blocks.reshape(-1, _ROWS_AT_ONCE, num_inputs)
+    y = jax.lax.map(lambda block: matmul_in_tiles(block, kernel), blocks)
+    return y.reshape(-1, kernel.shape[1])[:rows]
   num_outputs = kernel.shape[1]
   most, least_rows = (256, 16) if num_outputs >= 1280 else (128, 8)
   num_tiles = -(-num_inputs // most)
