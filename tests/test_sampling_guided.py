@@ -27,15 +27,10 @@ from mrjax.sampling.guide import GuideModel, by_token, propose, settle
 from mrjax.sampling.requests import Request, RequestError, SamplingParams
 
 CASES = {
-  'V-bernoulli': (ValueHead('V', 'bce'), GuidanceConfig('bernoulli', top_k=7)),
   'V-mle': (ValueHead('V', num_atoms=5), GuidanceConfig(top_k=4)),
-  'V-expectation': (ValueHead('V', 'mse'), GuidanceConfig('expectation', top_k=9)),
-  'V-cd-all': (
-    ValueHead('V', 'bce'),
-    GuidanceConfig('bernoulli', cd_baseline=True, top_k=-1),
-  ),
+  'V-bernoulli-all': (ValueHead('V', 'bce'), GuidanceConfig('bernoulli', top_k=-1)),
   'Q-mle': (ValueHead('Q', num_atoms=3), GuidanceConfig(top_k=6)),
-  'Q-bernoulli-all': (ValueHead('Q', 'bce'), GuidanceConfig('bernoulli', top_k=-1)),
+  'Q-expectation': (ValueHead('Q', 'mse'), GuidanceConfig('expectation', top_k=9)),
 }
 V_MLE, Q_MLE = CASES['V-mle'], CASES['Q-mle']
 
