@@ -83,10 +83,10 @@ def weight_bytes(classifier_type: str) -> float:
 )
 def test_guided_sampling_compiles_for_a_slice(tpu_compiler, build, classifier_type):
   memory, cache_bytes = tpu_compiler(compile_for_tpu, build, classifier_type)
-  assert weight_bytes(classifier_type) < memory.arguments
   # Both caches are written where they lie.
   assert memory.reused > 0.99 * memory.outputs
-  if build is sampling_programs.decode:
+  if build is sampling_programs.decode:  # the other leaves out what logits need
+    assert weight_bytes(classifier_type) < memory.arguments
     # Nothing as large as the weights, and nothing as large as the caches, is copied.
     assert memory.temporary < 0.2 * weight_bytes(classifier_type)
   assert memory.peak < CHIP_BYTES
