@@ -105,7 +105,7 @@ def test_neighbours_change_no_bit(case):
   )
 
 
-@pytest.mark.parametrize('max_batch', [5, 33, 192])
+@pytest.mark.parametrize('max_batch', [5, 192])
 def test_the_number_of_lanes_changes_no_bit(max_batch):
   many = [dataclasses.replace(r, num_samples=21) for r in requests()]
   rows = rows_of(many if max_batch > 64 else requests(), max_batch=max_batch)
