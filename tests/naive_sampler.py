@@ -90,6 +90,16 @@ def make_guide(head: ValueHead, guidance: GuidanceConfig, spec=ONE_DEVICE) -> Gu
   return Guide(QWEN, params, head, guidance)
 
 
+def rows_of(completions) -> dict:
+  """Completions by problem and sample; none may come twice."""
+  rows = {}
+  for completion in completions:
+    name = completion.problem_id, completion.sample_index
+    assert name not in rows
+    rows[name] = completion
+  return rows
+
+
 class NaiveRow(NamedTuple):
   """What a plain sampler gives, a list entry a token."""
 

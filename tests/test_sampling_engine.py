@@ -14,6 +14,7 @@ from naive_sampler import (
   init_params,
   mesh_of,
   naive_row,
+  rows_of,
 )
 
 from mrjax.models.decoder import Decoder
@@ -60,15 +61,6 @@ def make_requests(num=5, *, num_samples=3, **changes) -> list[Request]:
     )
     for i in range(num)
   ]
-
-
-def rows_of(completions) -> dict:
-  rows = {}
-  for completion in completions:
-    name = completion.problem_id, completion.sample_index
-    assert name not in rows
-    rows[name] = completion
-  return rows
 
 
 def ids_of(completions) -> dict:

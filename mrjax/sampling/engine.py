@@ -343,6 +343,7 @@ def _completion(row: Row, keep: int | None) -> Completion:
     reason = 'stop'
   if not math.isfinite(row.logprobs[num_tokens - 1]):  # none comes after such a one
     num_tokens, reason = num_tokens - 1, 'error'
+  guided = bool(row.values) and not math.isnan(row.values[0])
   return Completion(
     problem_id=row.request.problem_id,
     sample_index=row.request.first_sample_index + row.sample,
@@ -351,6 +352,6 @@ def _completion(row: Row, keep: int | None) -> Completion:
     logprobs=row.logprobs[:num_tokens],
     sampling_logprobs=row.sampling_logprobs[:num_tokens],
     seed=params.seed,
-    values=row.values[:num_tokens] if row.values and params.eta else None,
+    values=row.values[:num_tokens] if guided else None,
     kls=row.kls[:num_tokens] if row.kls else None,
   )

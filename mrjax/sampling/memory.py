@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +99,7 @@ def plan_memory(
   decode = _decode_bytes(models.decoder, layout, rows=layout.lanes)
   prefill = _prefill_bytes(models.decoder, layout)
   if models.guide:
-    vocab_size, top_k = models.decoder.config.vocab_size, models.guide.guidance.top_k
-    asked = min(vocab_size, top_k if top_k > 0 else vocab_size)
+    asked = models.guide.guidance.num_candidates(models.decoder.config.vocab_size)
     guide = models.guide.decoder
     decode += _decode_bytes(guide, layout, rows=layout.lanes * asked)
     prefill = max(prefill, _prefill_bytes(guide, layout))
@@ -123,10 +123,7 @@ def weight_bytes(decoder: Decoder, mesh: Mesh) -> int:
   for name, leaf in trees.flatten(shapes).items():
     sharding = NamedSharding(mesh, only_tensor(shardings[name].spec))
     dtype = leaf.dtype if name.endswith('norm/scale') else jnp.dtype(decoder.dtype)
-    size = 1
-    for length in sharding.shard_shape(leaf.shape):
-      size *= length
-    total += size * dtype.itemsize
+    total += math.prod(sharding.shard_shape(leaf.shape)) * dtype.itemsize
   return total
 
 

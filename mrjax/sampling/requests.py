@@ -120,8 +120,9 @@ class Completion:
   `error` that the model gave no finite logits for a next token.
   `logprobs` are the model's own (before temperature and filters), `sampling_logprobs`
   those of the distribution drawn from; one a token, in nats. With a guide, `values` are
-  the rewards that it expects after each token, None for rows of eta 0, and `kls` the
-  divergences from the model of what was drawn from, in nats (`guidance.kl_per_token`).
+  the rewards that it expects after each token, None for rows that it does not guide (of
+  eta 0, or in mode 'disabled'), and `kls` the divergences from the model of what was
+  drawn from, in nats (`guidance.kl_per_token`).
   """
 
   problem_id: str
