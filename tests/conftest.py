@@ -4,6 +4,8 @@ import concurrent.futures
 import importlib.util
 import multiprocessing
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -13,6 +15,21 @@ from tpu_slices import prepare_compiler
 os.environ['JAX_PLATFORMS'] = 'cpu'  # for the commands that tests start
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+
+# What one test has compiled, others and the commands they start need not compile:
+# half the time of the suite. The first process makes the folder and removes it.
+_OWN_CACHE = None
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _OWN_CACHE = tempfile.mkdtemp(prefix='mrjax-tests-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _OWN_CACHE
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def pytest_unconfigure():
+  if _OWN_CACHE:
+    shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope='session')

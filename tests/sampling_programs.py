@@ -20,9 +20,8 @@ from mrjax.sampling.guide import GuideModel
 from mrjax.sampling.plan import Layout, plan
 from mrjax.sampling.requests import Request, SamplingParams
 from mrjax.sampling.schedule import Schedule
-from mrjax.sampling.weights import only_tensor
+from mrjax.sampling.weights import weight_shardings
 from mrjax.sharding.mesh import BATCH, batch_shards
-from mrjax.sharding.rules import param_shardings
 
 NUM_PROMPTS, NUM_SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 256, 128
 
@@ -110,10 +109,7 @@ def sampling(
 
 def _weights(shapes, config: DecoderConfig, mesh: Mesh):
   split = jax.eval_shape(lambda x: unstack_layers(x, config.num_layers), shapes)
-  shardings = jax.tree.map(
-    lambda s: NamedSharding(mesh, only_tensor(s.spec)), param_shardings(split, mesh)
-  )
-  return on(shardings, split)
+  return on(weight_shardings(split, mesh), split)
 
 
 def fill(parts: Sampling) -> Program:

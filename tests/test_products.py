@@ -113,7 +113,8 @@ from mrjax.models.products import matmul_in_tiles
 
 rng = np.random.default_rng(0)
 options = {'xla_cpu_experimental_ynn_fusion_type': ''}
-for num_inputs, num_outputs in ((384, 48), (1376, 512), (512, 1376), (130, 1)):
+shapes = (384, 48), (1376, 512), (512, 1376), (130, 1), (384, 5)
+for num_inputs, num_outputs in shapes:
   kernel = rng.normal(size=(num_inputs, num_outputs)).astype(np.float32)
   x = rng.normal(size=(1100, num_inputs)).astype(np.float32)
   def product(rows):

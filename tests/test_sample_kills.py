@@ -50,11 +50,9 @@ class Appender(JsonlAppender):
     return super().append(records)
 
 
-def work(config: sample.Config, num_devices: int, cache: Path, moment: Any) -> None:
+def work(config: sample.Config, num_devices: int, moment: Any) -> None:
   """Samples until a moment comes; None: to the end."""
   jax.config.update('jax_num_cpu_devices', num_devices)
-  jax.config.update('jax_compilation_cache_dir', str(cache))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   if moment == 'before the settings':
     os.replace = wait_for_the_kill  # config.json never gets its name
   elif moment:
@@ -69,10 +67,7 @@ def started(
   """A run in a process of its own, which does not outlive the block."""
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(list(PRELOAD))
-  cache = Path(config.output_dir).parent / 'compiled'
-  worker = context.Process(
-    target=work, args=(config, num_devices, cache, moment), daemon=True
-  )
+  worker = context.Process(target=work, args=(config, num_devices, moment), daemon=True)
   worker.start()
   try:
     yield worker

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,13 @@ from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling.engine import Engine
 from mrjax.sampling.requests import Request, SamplingParams
-from mrjax.sharding.mesh import make_mesh
+from mrjax.sharding.mesh import axis_sizes, make_mesh
 
 # A product over many inputs to few outputs is what XLA shares out in most ways.
 CONFIG = DecoderConfig.from_hf(
   {
     'architectures': ['LlamaForCausalLM'],
-    'vocab_size': 211,
+    'vocab_size': 213,
     'hidden_size': 48,
     'intermediate_size': 384,
     'num_hidden_layers': 2,
@@ -52,8 +53,8 @@ def requests() -> list[Request]:
 
 
 def rows_of(asked, *, max_batch=64, mesh='data:1'):
-  num_devices = 2 if '2' in mesh else 1
-  mesh = make_mesh(mesh, jax.devices()[:num_devices])
+  sizes = axis_sizes(mesh).values()
+  mesh = make_mesh(mesh, jax.devices()[: math.prod(sizes)])
   engine = Engine(CONFIG, params(), mesh, max_batch=max_batch)
   return {
     (row.problem_id, row.sample_index): (
@@ -117,5 +118,6 @@ def test_a_lane_alone_changes_no_bit():
   assert rows == {name: row for name, row in expected().items() if name in rows}
 
 
-def test_shards_change_no_bit():
-  assert rows_of(requests(), max_batch=30, mesh='data:2') == expected()
+@pytest.mark.parametrize('mesh', ['data:2', 'tensor:3', 'data:2,tensor:3'])
+def test_meshes_change_no_bit(mesh):
+  assert rows_of(requests(), max_batch=30, mesh=mesh) == expected()

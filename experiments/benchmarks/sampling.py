@@ -5,6 +5,8 @@ Workloads; random weights, and no row ends before its length:
   fixed          1M Llama, 64 prompts of one sentence x 16 samples, temperature 0.8,
                  top-p 0.95, 128 new tokens each
   natural        the same with lengths of short solutions: mean 48, at most 128
+  solutions      1M Llama, mrjax alone: all problems of --data x 4 samples that end as
+                 reference solutions do; for the share of lanes that are busy
   greedy_1       30M Llama, 64-token prompts, 128 new tokens, one row after the other
   greedy_32      the same, 32 rows together
   shared_prefix  30M Llama, mrjax alone: 64 samples of 64 tokens from one prompt of 512,
@@ -62,12 +64,16 @@ PEERS = {
 WORKLOADS = (
   'fixed',
   'natural',
+  'solutions',
   'greedy_1',
   'greedy_32',
   'shared_prefix',
   'guided_1',
   'guided_32',
 )
+
+_OF_DATA = {'fixed', 'natural', 'solutions'}  # workloads
+_WITH_PEERS = {'fixed', 'natural', 'greedy_1', 'greedy_32'}
 
 _WORKLOADS = flags.DEFINE_list(
   'workloads', list(WORKLOADS), f'Of {", ".join(WORKLOADS)}.'
@@ -128,17 +134,16 @@ def main(argv: Sequence[str]) -> None:
 def _make_jobs(directory: Path, workloads: Sequence[str]) -> dict[str, dict[str, Job]]:
   """For each workload the jobs of our own contenders; peers do that of `mrjax`."""
   jobs: dict[str, dict[str, Job]] = {}
-  if {'fixed', 'natural'} & set(workloads):
+  if _OF_DATA & set(workloads):
     model = sampling_jobs.save_random_model(LLAMA_1M, directory / '1m')
-    prompts = sampling_jobs.sentence_prompts(
-      _DATA.value,
-      _DATA_ROOT.value or None,
-      num_prompts=_NUM_PROMPTS.value,
-      work_dir=directory / 'tokenizer',
+    prompts, lengths = sampling_jobs.sentence_prompts(
+      _DATA.value, _DATA_ROOT.value or None, work_dir=directory / 'tokenizer'
     )
+    jobs['solutions'] = {'mrjax': sampling_jobs.solutions(model, prompts, lengths)}
+    prompts = prompts[: _NUM_PROMPTS.value]
     jobs['fixed'] = {'mrjax': sampling_jobs.fixed(model, prompts)}
     jobs['natural'] = {'mrjax': sampling_jobs.natural(model, prompts)}
-  if set(workloads) - {'fixed', 'natural'}:
+  if set(workloads) - _OF_DATA:
     model = sampling_jobs.save_random_model(LLAMA_30M, directory / '30m')
     greedy = sampling_jobs.greedy
     jobs['greedy_1'] = {
@@ -204,6 +209,9 @@ def _measure(workload: str, jobs: dict[str, Job], directory: Path) -> dict[str, 
   }
   if caches:
     figures['cache_bytes'] = caches
+  figures['utilisation'] = {
+    name: turn['utilisation'] for name, turn in last.items() if 'utilisation' in turn
+  }
   if 'mrjax_unshared' in caches and 'mrjax' in caches:
     figures['cache_ratio'] = caches['mrjax'] / caches['mrjax_unshared']
   versions = {
@@ -214,7 +222,7 @@ def _measure(workload: str, jobs: dict[str, Job], directory: Path) -> dict[str, 
     _OUTPUT.value,
     **figures,
     failures=failures,
-    **({'data': _DATA.value} if workload in ('fixed', 'natural') else {}),
+    **({'data': _DATA.value} if workload in _OF_DATA else {}),
     num_prompts=len(jobs['mrjax'].prompts),
     num_rows=sum(map(len, jobs['mrjax'].lengths)),
     num_tokens=jobs['mrjax'].num_tokens,
@@ -245,7 +253,7 @@ def _contenders(
     # cores idle between its bigger products.
     devices = min(hardware()['cores'], _batch_size(jobs[name]))
     environs[name] = environ | {'JAX_NUM_CPU_DEVICES': str(devices)}
-  if len(jobs) == 1:  # the others measure mrjax alone
+  if workload in _WITH_PEERS:
     for name in _PEERS.value:
       script, *variant = PEERS[name]
       python = _PYTHONS[name.partition('_')[0]].value
@@ -334,8 +342,9 @@ def _serve_mrjax(job: Job) -> None:
     if not job.temperature:
       rows.sort(key=lambda row: (int(row.problem_id), row.sample_index))
       answer['token_ids'] = [row.token_ids for row in rows]
-    if hasattr(engine, 'cache_bytes'):
-      answer['cache_bytes'] = engine.cache_bytes
+    answer['cache_bytes'] = engine.cache_bytes
+    if job.prompts_at_once == len(job.prompts):  # one call: the engine counts for each
+      answer['utilisation'] = engine.utilisation.share
     print(json.dumps(answer), flush=True)
 
 

@@ -46,6 +46,7 @@ GUIDE: dict[str, Any] = {  # 8 million weights
   'num_key_value_heads': 2,
 }
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 64, 16, 128, 64
+SOLUTION_SAMPLES = 4
 SHARED_SAMPLES, SHARED_PROMPT_TOKENS, SHARED_NEW_TOKENS = 64, 512, 64
 _SPECIAL_IDS = 3  # padding, begin and end come first
 
@@ -127,6 +128,20 @@ def natural(model: str, prompts: list[list[int]]) -> Job:
   return dataclasses.replace(job, lengths=lengths[: len(prompts)].tolist())
 
 
+def solutions(model: str, prompts: list[list[int]], lengths: Sequence[int]) -> Job:
+  """Four samples of every prompt that end as reference solutions do.
+
+  Args:
+    model: A directory.
+    prompts: As many as problems.
+    lengths: Tokens of each problem's solution; every sample has that of some problem.
+  """
+  most = LLAMA_1M['max_position_embeddings'] - MAX_PROMPT_TOKENS
+  drawn = np.random.default_rng(0).choice(lengths, (len(prompts), SOLUTION_SAMPLES))
+  job = fixed(model, prompts)
+  return dataclasses.replace(job, lengths=np.clip(drawn, 1, most).tolist())
+
+
 def greedy(model: str, *, num_prompts: int, prompts_at_once: int) -> Job:
   """One greedy row of 128 new tokens from each of some prompts of 64 random tokens."""
   prompts = random_prompts(LLAMA_30M, [MAX_PROMPT_TOKENS] * num_prompts)
@@ -181,9 +196,12 @@ def make_guide(classifier_type: str):
 
 
 def sentence_prompts(
-  data: str, data_root: str | None, *, num_prompts: int, work_dir: Path
-) -> list[list[int]]:
-  """The first sentences of some problems in a vocabulary of 512 learned from all."""
+  data: str, data_root: str | None, *, work_dir: Path
+) -> tuple[list[list[int]], list[int]]:
+  """First sentences of all problems, and the lengths of their solutions, in tokens.
+
+  The vocabulary, of 512, is learned from the sentences.
+  """
   from mrjax.data.problems import load_problems
   from mrjax.data.tokenization import load_tokenizer
   from mrjax.data.tokenizer_training import train_bpe_tokenizer
@@ -192,8 +210,9 @@ def sentence_prompts(
   texts = [re.split(r'(?<=[.?!])\s', problem.question)[0] for problem in problems]
   train_bpe_tokenizer(texts, vocab_size=LLAMA_1M['vocab_size'], output_dir=work_dir)
   tokenizer = load_tokenizer(str(work_dir))
-  encode = tokenizer.encode_prompt
-  return [encode(text)[:MAX_PROMPT_TOKENS] for text in texts[:num_prompts]]
+  prompts = [tokenizer.encode_prompt(text)[:MAX_PROMPT_TOKENS] for text in texts]
+  solutions = [p.solution or p.answer or '' for p in problems]
+  return prompts, [1 + len(tokenizer.encode_prompt(text)) for text in solutions]
 
 
 def save_random_model(model: dict[str, Any], directory: Path) -> str:

@@ -257,7 +257,8 @@ def cached_attention(
   merged = _merge(
     # A lone query would be a matrix-vector product, which sums in an order of its own.
     _attend_to_part(q_BTNH, prefix, min_queries=2 if fixed_tiles else 1, **kwargs),
-    _attend_to_part(q_BTNH, own, min_queries=1, **kwargs),
+    # A row always has as many queries of its own. Few are fastest one by one on a CPU.
+    _attend_to_part(q_BTNH, own, most_alone=4 if fixed_tiles else 0, **kwargs),
   )
   if itself is not None:
     k_BTKH, v_BTKH = itself
@@ -282,7 +283,8 @@ def _attend_to_part(
   scale,
   softcap,
   fixed_tiles,
-  min_queries,
+  min_queries=1,
+  most_alone=0,
 ):
   """Maximum and sum [B, K, G, T] and weighted values [B, K, G, T, H] of one part."""
   B, T, N, H = q_BTNH.shape
@@ -303,27 +305,24 @@ def _attend_to_part(
   more = max(0, min_queries - Q)
   q_PKQH = jnp.pad(q_PKQH, ((0, 0), (0, 0), (0, more), (0, 0)))
   seen_PJQs = jnp.pad(seen_PJQs, ((0, 0), (0, 0), (0, more), (0, 0)))
-  # More at once, over wide heads, could be shared out to threads within their sums.
-  most = 64 if fixed_tiles and H > 128 else q_PKQH.shape[2]
+  most = q_PKQH.shape[2]
+  if most <= most_alone:
+    most = 1
+  elif fixed_tiles and H > 128:
+    # More at once, over wide heads, could be shared out to threads within their sums.
+    most = 64
+  firsts = range(0, q_PKQH.shape[2], most)
   scores = jnp.concatenate(
-    [
-      _tiled_scores(q_PKQH[:, :, first : first + most], k)
-      for first in range(0, q_PKQH.shape[2], most)
-    ],
-    axis=3,
+    [_tiled_scores(q_PKQH[:, :, i : i + most], k) for i in firsts], axis=3
   )
   scores = jnp.where(seen_PJQs[:, None], _cap(scores * scale, softcap), _MASKED)
   top_PKQ = scores.max(axis=(2, 4))
   weights = jnp.exp(scores - top_PKQ[:, :, None, :, None])
   weights = jnp.where(seen_PJQs[:, None], weights, 0.0)
   total_PKQ = weights.sum(axis=-1).sum(axis=2)
-  if v.scales is not None:
-    weights = weights * v.scales[:, :, :, None]
-  out_PKJQH = jnp.einsum(
-    'PKJQs,PKJsH->PKJQH',
-    weights.astype(q_PKQH.dtype),
-    v.values.astype(q_PKQH.dtype),
-    preferred_element_type=jnp.float32,
+  out_PKJQH = jnp.concatenate(
+    [_tiled_values(weights[:, :, :, i : i + most], v, q_PKQH.dtype) for i in firsts],
+    axis=3,
   )
   top_PKQ, total_PKQ, out_PKQH = (
     x[:, :, :Q] for x in (top_PKQ, total_PKQ, out_PKJQH.sum(axis=2))
@@ -353,6 +352,18 @@ def _tiled_scores(q_PKQH, k: Stored):
     preferred_element_type=jnp.float32,
   )
   return scores if k.scales is None else scores * k.scales[:, :, :, None]
+
+
+def _tiled_values(weights_PKJQs, v: Stored, dtype):
+  """Values of every tile by their weights, float32 [P, K, J, Q, H]."""
+  if v.scales is not None:
+    weights_PKJQs = weights_PKJQs * v.scales[:, :, :, None]
+  return jnp.einsum(
+    'PKJQs,PKJsH->PKJQH',
+    weights_PKJQs.astype(dtype),
+    v.values.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _merge(a, b):

@@ -15,7 +15,7 @@ from mrjax.models.cache import LayerCache, move_faults
 from mrjax.models.config import DecoderConfig
 from mrjax.models.remat import LAYER_INPUT, PRODUCT
 from mrjax.models.rope import apply_rope
-from mrjax.sharding.mesh import BATCH_AXES, constrain
+from mrjax.sharding.mesh import BATCH_AXES, axis_size, constrain
 
 _ACTIVATIONS = {
   'silu': jax.nn.silu,
@@ -89,6 +89,8 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     rows = x.shape[: x.ndim - len(self.in_dims)]
     x_2d = x.astype(self.dtype).reshape(-1, math.prod(self.in_dims))
+    if self.fixed_tiles:
+      x_2d = constrain(x_2d, BATCH_AXES, None)  # no sum is split over devices
     y = self._product(x_2d)
     if self.has_variable('params', 'lora_a'):
       y = y + self._adapter(x_2d)
@@ -114,7 +116,10 @@ class Linear(nn.Module):
     )
     if self.fixed_tiles:
       kernel = kernel.astype(self.dtype).reshape(x_2d.shape[1], -1)
-      return products.matmul_in_tiles(x_2d, kernel)
+      if kernel.shape[1] >= products.LEAST_OUTPUTS * axis_size('tensor'):
+        return products.matmul_in_tiles(x_2d, kernel)
+      y = products.matmul_in_tiles(x_2d, constrain(kernel, None, None))
+      return constrain(y, BATCH_AXES, None)  # each device makes all of it
     return products.matmul(x_2d, kernel)
 
   def _adapter(self, x_2d: jax.Array) -> jax.Array:
@@ -308,10 +313,11 @@ class DecoderLayer(nn.Module):
 
   def _finish(self, x_BTD, attended_BTD):
     c = self.config
+    attended_BTD = constrain(attended_BTD, BATCH_AXES, None, None)
     if c.post_norms:
       attended_BTD = self.post_attn_norm(attended_BTD)
     x_BTD = x_BTD + attended_BTD
-    fed_BTD = self.mlp(self.mlp_norm(x_BTD))
+    fed_BTD = constrain(self.mlp(self.mlp_norm(x_BTD)), BATCH_AXES, None, None)
     if c.post_norms:
       fed_BTD = self.post_mlp_norm(fed_BTD)
     return constrain(x_BTD + fed_BTD, BATCH_AXES, None, None)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 _ROWS_AT_ONCE = 1024  # of `matmul_in_tiles`
+LEAST_OUTPUTS = 16  # of it, on each device; fewer are summed in other orders
 
 
 @jax.custom_vjp
@@ -66,8 +67,8 @@ def matmul_in_tiles(x: jax.Array, kernel: jax.Array) -> jax.Array:
   more_inputs = num_tiles * size - num_inputs
   # Sums of a row alone are never shared out.
   more_rows = max(0, least_rows - rows) if rows > 1 or num_tiles == 1 else 0
-  more_outputs = max(0, 16 - num_outputs)
   x = jnp.pad(x, ((0, more_rows), (0, more_inputs)))
+  more_outputs = max(0, LEAST_OUTPUTS - num_outputs)
   kernel = jnp.pad(kernel, ((0, more_inputs), (0, more_outputs)))
   y = jnp.einsum(
     'jri,jio->jro',

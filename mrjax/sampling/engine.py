@@ -31,7 +31,7 @@ from mrjax.sampling.requests import (
 )
 from mrjax.sampling.schedule import Row, Schedule, Utilisation
 from mrjax.sampling.texts import text_batches
-from mrjax.sampling.weights import split_layers
+from mrjax.sampling.weights import keeps_sums_whole, split_layers
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, MeshError, batch_shards
 from mrjax.sharding.rules import param_shardings
 
@@ -104,9 +104,7 @@ class Engine:
       dtype=dtype,
       scan_layers=False,
       # Costs accelerators time, and their products are not reproducible to the bit.
-      # Tiles of a sum that is split over devices would be moved between them, in an
-      # order in which the CPU's collectives can wait for one another for ever.
-      fixed_tiles=mesh.devices.flat[0].platform == 'cpu' and mesh.shape['tensor'] == 1,
+      fixed_tiles=keeps_sums_whole(mesh),
     )
     place = functools.partial(
       split_layers, mesh=mesh, dtype=dtype, donate=donate_params

@@ -25,6 +25,7 @@ from mrjax.sampling.guidance import (
   top_candidates,
 )
 from mrjax.sampling.logits import Array
+from mrjax.sampling.weights import keeps_sums_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def by_token(params: Any, head: ValueHead, mesh: Mesh) -> Any:
     return params
   kernel_DO = params['value_head']['kernel']
   # Whole rows would need an exchange of rows; parts of them one of sums.
-  split = 'tensor' if kernel_DO.shape[0] % mesh.shape['tensor'] == 0 else None
+  fits = kernel_DO.shape[0] % mesh.shape['tensor'] == 0
+  split = 'tensor' if fits and not keeps_sums_whole(mesh) else None
   turn = jax.jit(
     jnp.transpose, out_shardings=NamedSharding(mesh, PartitionSpec(None, split))
   )

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mrjax import trees
 from mrjax.models.attention_blocks import BLOCK
@@ -17,9 +17,8 @@ from mrjax.models.decoder import Decoder
 from mrjax.sampling.drawing import Models
 from mrjax.sampling.plan import Layout
 from mrjax.sampling.prefill import CHUNK
-from mrjax.sampling.programs import PREFILL_TOKENS, empty_state
-from mrjax.sampling.weights import only_tensor
-from mrjax.sharding.rules import param_shardings
+from mrjax.sampling.programs import empty_state
+from mrjax.sampling.weights import weight_shardings
 
 # Arrays of about the size of the logits that live at once while a token is drawn, and
 # of scores while attention is computed. Measured: see tests/test_sampling_memory.py.
@@ -118,12 +117,11 @@ def weight_bytes(decoder: Decoder, mesh: Mesh) -> int:
   stacked = decoder.clone(scan_layers=True)
   init = lambda: stacked.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   shapes = jax.eval_shape(init)['params']
-  shardings = trees.flatten(param_shardings(shapes, mesh))
+  shardings = trees.flatten(weight_shardings(shapes, mesh))
   total = 0
   for name, leaf in trees.flatten(shapes).items():
-    sharding = NamedSharding(mesh, only_tensor(shardings[name].spec))
     dtype = leaf.dtype if name.endswith('norm/scale') else jnp.dtype(decoder.dtype)
-    total += math.prod(sharding.shard_shape(leaf.shape)) * dtype.itemsize
+    total += math.prod(shardings[name].shard_shape(leaf.shape)) * dtype.itemsize
   return total
 
 
@@ -152,7 +150,7 @@ def _prefill_bytes(decoder: Decoder, layout: Layout) -> int:
   """To read prompts."""
   c: DecoderConfig = decoder.config
   prompts = layout.groups * layout.slots
-  prompts = min(prompts, max(1, PREFILL_TOKENS // layout.slot_places))
+  prompts = min(prompts, max(1, CHUNK // layout.slot_places))
   tokens = prompts * min(layout.slot_places, CHUNK)
   stored = 2 * c.num_layers * c.num_kv_heads * c.head_dim * layout.slot_places * prompts
   width = 8 * c.hidden_size + 3 * c.intermediate_size + 4 * c.num_heads * c.head_dim

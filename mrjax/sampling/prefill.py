@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from mrjax.models.decoder import Decoder
 from mrjax.sharding.mesh import constrain
 
-CHUNK = 2048  # tokens of a prompt at once
+# Tokens that are read at once on a device, of several prompts or of a long one: enough
+# for products that no memory bandwidth bounds, and little to fill up for few prompts.
+CHUNK = 2048
 
 
 def read_prompts(

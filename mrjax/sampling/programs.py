@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mrjax.models.cache import empty_cache
 from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
+from mrjax.sampling import prefill
 from mrjax.sampling.drawing import Log, Models, after_token, draw_tokens
 from mrjax.sampling.lanes import (
   Seen,
@@ -22,10 +23,8 @@ from mrjax.sampling.lanes import (
 )
 from mrjax.sampling.logits import Array, mark_seen
 from mrjax.sampling.plan import Layout
-from mrjax.sampling.prefill import read_prompts
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards
 
-PREFILL_TOKENS = 16384  # on a device at once: bounds the memory of prompt attention
 _BY_STEP = PartitionSpec(None, BATCH_AXES)
 
 
@@ -97,13 +96,10 @@ def empty_state(
 
 
 def fill(models: Models, weights: Any, state: State, prompts: Prompts) -> State:
-  """Reads prompts, once each, as many at a time as `PREFILL_TOKENS` allows.
-
-  Long ones are read a chunk at a time: see `read_prompts`.
-  """
+  """Reads prompts, once each, `prefill.CHUNK` tokens at a time."""
   N, S = prompts.tokens_NS.shape
   G = state.slots.lengths.shape[0]
-  size = min(N, max(1, PREFILL_TOKENS // S))
+  size = min(N, max(1, prefill.CHUNK // S))
   number = jnp.asarray(prompts.number_1)[0]
   # Those beyond the last are put out of range, and so dropped.
   groups_N = jnp.where(jnp.arange(N) < number, prompts.groups_N, G)
@@ -112,7 +108,7 @@ def fill(models: Models, weights: Any, state: State, prompts: Prompts) -> State:
     def read(i, cache):
       start = jnp.minimum(i * size, N - size)
       take = lambda x: jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, size)
-      prefix = read_prompts(
+      prefix = prefill.read_prompts(
         decoder,
         params,
         take(prompts.tokens_NS),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mrjax.sampling.plan import text_bucket
-from mrjax.sampling.programs import PREFILL_TOKENS
+from mrjax.sampling.prefill import CHUNK
 
 
 class TextBatch(NamedTuple):
@@ -37,7 +37,7 @@ def text_batches(
   start = 0
   while start < len(order):
     bucket = text_bucket(len(texts[order[start]]))
-    most = min(max_batch // shards, max(1, PREFILL_TOKENS // bucket))
+    most = min(max_batch // shards, max(1, CHUNK // bucket))
     size = shards * min(most, -(-len(order) // shards))
     numbers = order[start : start + size]
     tokens_BT = np.zeros((size, bucket), np.int32)

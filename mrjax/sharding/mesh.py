@@ -99,6 +99,11 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def axis_size(axis: str) -> int:
+  """Of the mesh in force (`jax.set_mesh`); 1 without one."""
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
 def constrain(x: jax.Array, *axes) -> jax.Array:
   """Pins `x` to a layout on the mesh in force (`jax.set_mesh`); without one, `x`.
 
