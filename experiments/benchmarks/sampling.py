@@ -13,7 +13,7 @@ Workloads; random weights, and no row ends before its length:
                  beside 64 such prompts with one sample each
   guided_1       30M Llama, mrjax alone: plain, and guided by a value model of a quarter
                  its size over 20 candidates, with a head of type V and of type Q; one
-                 row after the other
+                 row after the other, all three from the 20 likeliest tokens
   guided_32      the same, 32 rows together
 
 Every contender has a process of its own, which loads, compiles and warms up once; then

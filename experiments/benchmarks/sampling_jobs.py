@@ -8,6 +8,7 @@ A job is a JSON object that says the same to everybody:
   prompts_at_once  how many of the prompts are handed over together
   temperature      0 for greedy
   top_p
+  top_k            0: no limit
   logprobs         whether they are wanted too
   guide            head of a value model that guides, V or Q; empty: none
 
@@ -61,6 +62,7 @@ class Job:
   prompts_at_once: int
   temperature: float = 0.0
   top_p: float = 1.0
+  top_k: int = 0
   logprobs: bool = False
   guide: str = ''
 
@@ -88,6 +90,7 @@ class Job:
         SamplingParams(
           self.temperature,
           self.top_p,
+          self.top_k,
           eta=1.0 if self.guide else 0.0,
           max_new_tokens=length,
           seed=1,
@@ -165,11 +168,15 @@ def shared_prefix(model: str, *, shared: bool) -> Job:
 
 
 def guided(model: str, guide: str, *, prompts_at_once: int) -> Job:
-  """As `greedy`, from the nucleus and guided by `guide` over 20 candidates."""
+  """As `greedy`, guided by `guide` over 20 candidates, of which all tokens are drawn.
+
+  A trained model draws few others, random weights hardly any but others; a head of type
+  V then needs a second pass.
+  """
   job = greedy(
     model, num_prompts=max(4, prompts_at_once), prompts_at_once=prompts_at_once
   )
-  return dataclasses.replace(job, guide=guide, temperature=0.8, top_p=0.95)
+  return dataclasses.replace(job, guide=guide, temperature=0.8, top_p=0.95, top_k=20)
 
 
 def random_prompts(model: dict[str, Any], lengths: Sequence[int]) -> list[list[int]]:

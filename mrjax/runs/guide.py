@@ -20,14 +20,13 @@ class GuideSource:
   source: ValueSource
   guidance: GuidanceConfig
 
+  def without_weights(self) -> Guide:
+    return Guide(self.source.config, None, self.source.head, self.guidance)
+
   def load(self, mesh: Mesh, dtype: Any) -> Guide:
     """With its weights on the mesh; see `ValueSource.load_params` for errors."""
-    return Guide(
-      self.source.config,
-      self.source.load_params(mesh, dtype),
-      self.source.head,
-      self.guidance,
-    )
+    params = self.source.load_params(mesh, dtype)
+    return dataclasses.replace(self.without_weights(), params=params)
 
 
 def resolve_guide(

@@ -29,8 +29,10 @@ from mrjax.runs.sample_shard import (
   missing_requests,
   only_writer,
 )
-from mrjax.runs.sampling_memory import make_models, rows_at_once
+from mrjax.runs.sampling_memory import rows_at_once
 from mrjax.runs.stops import StopStrings
+from mrjax.runs.value_model import resolve_value_model
+from mrjax.sampling.drawing import Models
 from mrjax.sampling.engine import Engine, check_mesh
 from mrjax.sampling.guidance import to_paper_eta
 from mrjax.sampling.requests import Completion, Request, SamplingParams, fit_requests
@@ -168,7 +170,9 @@ def run(config: Config) -> dict[str, Any]:
   dtype = common.resolve_dtype(config.dtype)
   own = requests[process::count]
   max_batch = rows_at_once(
-    make_models(source.config, guide, dtype=dtype),
+    Models.make(
+      source.config, guide.without_weights() if guide else None, mesh, dtype=dtype
+    ),
     mesh,
     own,
     cache_dtype=dtype if config.cache_dtype == 'auto' else config.cache_dtype,
@@ -200,8 +204,11 @@ def run(config: Config) -> dict[str, Any]:
 def split_cpu(config: Config, source: ModelSource) -> bool:
   """`machine.split_cpu` for a sampling run of a model; only the first one counts."""
   dtype = jnp.bfloat16 if config.dtype == 'bfloat16' else jnp.float32
+  sources = [source]
+  if config.guide:
+    sources.append(resolve_value_model(config.guide))
   return machine.split_cpu(
-    source.param_shapes(dtype),
+    [source.param_shapes(dtype) for source in sources],
     mesh=config.mesh,
     max_batch=config.max_batch or machine.num_cores(),
   )

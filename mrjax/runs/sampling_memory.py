@@ -6,12 +6,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mrjax.models.config import DecoderConfig
-from mrjax.models.decoder import Decoder
 from mrjax.runs import machine
-from mrjax.runs.guide import GuideSource
 from mrjax.sampling.drawing import Models
-from mrjax.sampling.guide import GuideModel
 from mrjax.sampling.memory import MemoryPlan, plan_memory
 from mrjax.sampling.plan import plan
 from mrjax.sampling.requests import Request
@@ -20,23 +16,6 @@ from mrjax.sharding.mesh import batch_shards
 _MOST_LANES = {'cpu': 256}  # of a device; elsewhere:
 _MOST_LANES_OF_ACCELERATORS = 1024
 _SHARE = 0.9  # of the memory that `auto` fills
-
-
-def make_models(
-  config: DecoderConfig, guide: GuideSource | None, *, dtype: Any
-) -> Models:
-  """The models of a run, as far as shapes go."""
-  models = Models(Decoder(config, dtype=dtype, scan_layers=False))
-  if guide is None:
-    return models
-  head = guide.source.head
-  decoder = Decoder(
-    guide.source.config,
-    dtype=dtype,
-    scan_layers=False,
-    num_value_outputs=head.num_outputs(guide.source.config.vocab_size),
-  )
-  return models._replace(guide=GuideModel(decoder, head, guide.guidance))
 
 
 def rows_at_once(
@@ -54,7 +33,7 @@ def rows_at_once(
   Says in one line of the log what is planned.
 
   Args:
-    models: See `make_models`.
+    models: What draws.
     mesh: To run on.
     requests: All of this process; where there are none, nothing is planned.
     cache_dtype: Of keys and values.

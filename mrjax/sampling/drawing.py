@@ -1,14 +1,17 @@
 """One step of the device loop: a token for each lane."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from mrjax.models.config import DecoderConfig
 from mrjax.models.decoder import Decoder
 from mrjax.sampling import guide as guides
 from mrjax.sampling.guidance import kl_per_token
-from mrjax.sampling.guide import GuideModel
+from mrjax.sampling.guide import Guide, GuideModel
 from mrjax.sampling.lanes import (
   LaneState,
   Samples,
@@ -26,6 +29,7 @@ from mrjax.sampling.logits import (
   scale_and_filter,
   without_filters_where_greedy,
 )
+from mrjax.sampling.weights import keeps_sums_whole
 from mrjax.sharding.mesh import BATCH_AXES, constrain
 
 
@@ -59,6 +63,25 @@ class Models(NamedTuple):
 
   decoder: Decoder
   guide: GuideModel | None = None
+
+  @classmethod
+  def make(
+    cls, config: DecoderConfig, guide: Guide | None, mesh: Mesh, *, dtype: Any
+  ) -> 'Models':
+    """What an engine draws with on a mesh; of `guide` all but the weights."""
+    make_decoder = functools.partial(
+      Decoder,
+      dtype=dtype,
+      scan_layers=False,
+      # Costs accelerators time, and their products are not reproducible to the bit.
+      fixed_tiles=keeps_sums_whole(mesh),
+    )
+    models = cls(make_decoder(config))
+    if guide is None:
+      return models
+    outputs = guide.head.num_outputs(guide.config.vocab_size)
+    decoder = make_decoder(guide.config, num_value_outputs=outputs)
+    return models._replace(guide=GuideModel(decoder, guide.head, guide.guidance))
 
 
 def draw_tokens(

@@ -19,7 +19,7 @@ from mrjax.sampling import programs
 from mrjax.sampling.compiled import CompiledPrograms
 from mrjax.sampling.drawing import Models
 from mrjax.sampling.guidance import GuidanceConfig
-from mrjax.sampling.guide import Guide, GuideModel, by_token
+from mrjax.sampling.guide import Guide, by_token
 from mrjax.sampling.lanes import State
 from mrjax.sampling.plan import Layout, plan
 from mrjax.sampling.requests import (
@@ -31,7 +31,7 @@ from mrjax.sampling.requests import (
 )
 from mrjax.sampling.schedule import Row, Schedule, Utilisation
 from mrjax.sampling.texts import text_batches
-from mrjax.sampling.weights import keeps_sums_whole, split_layers
+from mrjax.sampling.weights import split_layers
 from mrjax.sharding.mesh import BATCH, BATCH_AXES, MeshError, batch_shards
 from mrjax.sharding.rules import param_shardings
 
@@ -99,28 +99,14 @@ class Engine:
     self._shards = batch_shards(mesh)
     check_mesh(config, mesh, max_batch=max_batch)
     self._cache_dtype = jnp.dtype(cache_dtype or dtype)
-    make_decoder = functools.partial(
-      Decoder,
-      dtype=dtype,
-      scan_layers=False,
-      # Costs accelerators time, and their products are not reproducible to the bit.
-      fixed_tiles=keeps_sums_whole(mesh),
-    )
+    self._models = Models.make(config, guide, mesh, dtype=dtype)
     place = functools.partial(
       split_layers, mesh=mesh, dtype=dtype, donate=donate_params
     )
-    self._models = Models(make_decoder(config))
     self._weights = (place(params), None)
     if guide:
-      outputs = guide.head.num_outputs(guide.config.vocab_size)
-      decoder = make_decoder(guide.config, num_value_outputs=outputs)
-      self._models = Models(
-        self._models.decoder, GuideModel(decoder, guide.head, guide.guidance)
-      )
-      self._weights = (
-        self._weights[0],
-        by_token(place(guide.params), guide.head, mesh),
-      )
+      guide_params = by_token(place(guide.params), guide.head, mesh)
+      self._weights = (self._weights[0], guide_params)
     self.utilisation, self.cache_bytes = Utilisation(), 0
     self.compiled = CompiledPrograms(mesh, owner=self._models)
 
