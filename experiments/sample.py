@@ -178,6 +178,8 @@ def describe(summary: dict[str, Any]) -> str:
     f'mean length {summary["mean_tokens"]:.1f} tokens, {summary["truncated"]:.2%} cut '
     'at the length limit'
   ]
+  if summary['errors']:
+    lines[0] += f'; {summary["errors"]:,} ended by logits that are not finite'
   if 'mean_kl' in summary:
     lines.append(f'mean KL to the model: {summary["mean_kl"]:.3f} nats a row')
   if 'tokens_per_second' in summary:

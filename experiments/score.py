@@ -39,7 +39,12 @@ _FLAGS = (
     'values', _D.values, 'With --value_model: also the values after every token.'
   ),
   flags.DEFINE_string('tokenizer', _D.tokenizer, "Empty: the model's own."),
-  flags.DEFINE_string('input', None, 'Directory, file or glob.', required=True),
+  flags.DEFINE_string(
+    'input',
+    None,
+    'Directory, file or glob; of `evaluate`, its subdirectory `samples`.',
+    required=True,
+  ),
   flags.DEFINE_string('output', None, 'Scored records, JSON Lines.', required=True),
   flags.DEFINE_string('mesh', _D.mesh, 'Axis sizes; -1 takes the rest.'),
   flags.DEFINE_enum(

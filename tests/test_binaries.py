@@ -119,6 +119,7 @@ def test_a_stray_argument_is_refused():
 
 
 SUMMARY = {
+  'errors': 2,
   'output_dir': 'out',
   'num_problems': 1200,
   'num_rows': 2400,
@@ -144,7 +145,7 @@ LAST_STEP = {
       'sample.describe',
       SUMMARY,
       'out: 2,400 samples of 1,200 problems, 3 of them new; mean length 12.3 tokens, '
-      '2.50% cut at the length limit',
+      '2.50% cut at the length limit; 2 ended by logits that are not finite',
     ),
     (
       'training_flags.describe',

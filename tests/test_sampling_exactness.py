@@ -121,3 +121,16 @@ def test_a_lane_alone_changes_no_bit():
 @pytest.mark.parametrize('mesh', ['data:2', 'tensor:3', 'data:2,tensor:3'])
 def test_meshes_change_no_bit(mesh):
   assert rows_of(requests(), max_batch=30, mesh=mesh) == expected()
+
+
+def test_nor_one_of_a_log_probability_of_a_text():
+  texts = [request.prompt_ids for request in requests() if len(request.prompt_ids) > 1]
+
+  def score(spec, max_batch):
+    mesh = make_mesh(spec, jax.devices()[: math.prod(axis_sizes(spec).values())])
+    return Engine(CONFIG, params(), mesh, max_batch=max_batch).score(texts)
+
+  scores = score('data:1', 64)
+  for spec, max_batch in (('tensor:3', 5), ('data:2,tensor:3', 4)):
+    for a, b in zip(score(spec, max_batch), scores, strict=True):
+      np.testing.assert_array_equal(a, b)

@@ -61,12 +61,13 @@ def rows_at_once(
 
   rows = -(-sum(request.num_samples for request in requests) // shards)
   most = _MOST_LANES.get(mesh.devices.flat[0].platform, _MOST_LANES_OF_ACCELERATORS)
-  choices = [1 << i for i in range(most.bit_length())]
+  asked = max_batch // shards
+  choices = [1 << i for i in range(max(most, asked).bit_length())]
   choices = [c for c in choices if c < 2 * rows]
   if limit:
     # More lanes never take less.
     choices = [c for c in choices if planned(c).total <= _SHARE * limit]
-  lanes = max_batch // shards or max(choices, default=1)
+  lanes = asked or max(choices, default=1)
   found = planned(lanes)
   of = f' of {limit / 1e9:.2f} GB' if limit else ''
   logging.info('Memory for %d rows: %s%s.', lanes * shards, found, of)

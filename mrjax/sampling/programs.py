@@ -23,7 +23,7 @@ from mrjax.sampling.lanes import (
 )
 from mrjax.sampling.logits import Array, mark_seen
 from mrjax.sampling.plan import Layout
-from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards
+from mrjax.sharding.mesh import BATCH, BATCH_AXES, batch_shards, constrain
 
 _BY_STEP = PartitionSpec(None, BATCH_AXES)
 
@@ -283,6 +283,8 @@ def score(
     # Logits of 32 tokens a row at a time: all of them together rarely fit.
     hidden_BtD, targets_Bt = block
     logits_BtV = apply(hidden_BtD, method='head')
+    if decoder.fixed_tiles:  # no sum is split over devices
+      logits_BtV = constrain(logits_BtV, BATCH_AXES, None, None)
     chosen = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits_BtV, axis=-1)
 

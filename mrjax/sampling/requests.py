@@ -170,10 +170,13 @@ def fit_requests(
       request = dataclasses.replace(request, prompt_ids=request.prompt_ids[-room:])
       num_cut += 1
     elif length > room:
+      remedy = 'Shorten it, lower --max_new_tokens, or pass --truncate_prompts.'
+      if room <= 0:
+        remedy = f'Lower --max_new_tokens below {max_length}.'
       raise RequestError(
         f'The prompt of {request.problem_id!r} has {length} tokens; with '
         f'max_new_tokens={new} it needs {length + new} positions and the limit is '
-        f'{max_length}. Shorten it, lower --max_new_tokens, or pass --truncate_prompts.'
+        f'{max_length}. {remedy}'
       )
     ids = (*request.prompt_ids, *request.stop_ids)
     _check_ids(f'request for {request.problem_id!r}', ids, config)
