@@ -149,8 +149,8 @@ def test_reviews(share):
 
   history = moa.run(mix, QUESTIONS[1:2], answer)['p1']
   calls = moa.transcript(mix, QUESTIONS[1], history)['calls']
-  called = [moa.Call('p1', c['kind'], c['layer'], c['model'], c['messages']) for c in calls]
-  texts = [c['text'] for c in calls]
+  texts = [call.pop('text') for call in calls]
+  called = [moa.Call(question_id='p1', **call) for call in calls]
   copies = 1 if share else 3
   for layer in (2, 3):
     before = [f'[proposal {layer - 1} {model} p1]' for model in PROPOSERS]

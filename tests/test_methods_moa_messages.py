@@ -89,7 +89,9 @@ def test_references_in_the_system_text():
   assert shown(('system', 'S'), ('user', 'Q')) == turns(
     ('system', 'S\n\nCombine.\n1. a\n2. c'), ('user', 'Q')
   )
-  assert shown(('user', 'Q')) == turns(('system', 'Combine.\n1. a\n2. c'), ('user', 'Q'))
+  assert shown(('user', 'Q')) == turns(
+    ('system', 'Combine.\n1. a\n2. c'), ('user', 'Q')
+  )
 
 
 @pytest.mark.parametrize('placement', moa_messages.PLACEMENTS)

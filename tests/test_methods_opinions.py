@@ -45,7 +45,8 @@ def blocks(**options):
 
 def test_records_of_opinions():
   problem = Problem(id='7', question='q', solution='s #### B', options=('A)1', 'B)2'))
-  assert opinions.opinion_record(problem, ' r\n', prompt='p', finish_reason='length') == {
+  record = opinions.opinion_record(problem, ' r\n', prompt='p', finish_reason='length')
+  assert record == {
     'problem_id': '7',
     'prompt_ori': 'q\noptions: A)1 B)2\n',
     'prompt': 'p',
@@ -91,8 +92,8 @@ def test_rows_of_several_files():
 @pytest.mark.parametrize(
   ('changes', 'where', 'message'),
   [
-    ({'prompt_ori': (1, 'other\n')}, 'mid.jsonl:5', r"prompt_ori 'other\\n' is not that"),
-    ({'label': (2, 'other')}, 'mid.jsonl:6', "label 'other' is not that of big.jsonl:3"),
+    ({'prompt_ori': (1, 'x\n')}, 'mid.jsonl:5', r"prompt_ori 'x\\n' is not that of b"),
+    ({'label': (2, 'x')}, 'mid.jsonl:6', "label 'x' is not that of big.jsonl:3"),
     ({'response': (0, None)}, 'mid.jsonl:4', "'response' must be a string: None"),
   ],
 )
@@ -156,7 +157,8 @@ def test_opinions_without_chain_of_thought():
   assert counts['num_without_answer'] == 3
   records, _ = opinions.build_rows(joined(), variant='no-cot', models=['big', 'mid'])
   assert records[0]['prompt'] == (
-    'QUESTION:0+1?\n\nOPINIONS START\n>>>0: #### 2\n>>>1: #### 3\nOPINIONS END\nSOLUTION:'
+    'QUESTION:0+1?\n\nOPINIONS START\n>>>0: #### 2\n>>>1: #### 3\n'
+    'OPINIONS END\nSOLUTION:'
   )
   assert records[0]['completion'] == '2 #### 2'
 
@@ -194,7 +196,7 @@ def test_choice_of_models():
   written, counts = blocks(models=('small', 'big'))
   assert written[0] == ('a #### 2', 'It is 2')  # in the order of the files
   assert counts['num_opinions'] == 6
-  with pytest.raises(ValueError, match=r"no opinions of \['huge'\]; there are those of"):
+  with pytest.raises(ValueError, match=r"no opinions of \['huge'\]; there are"):
     blocks(models=['huge', 'big'])
   with pytest.raises(ValueError, match='models is empty'):
     blocks(models=[])

@@ -111,7 +111,7 @@ def choose_problems(
     ValueError: There are fewer problems.
   """
   if not 0 < count <= len(problems):
-    raise ValueError(f'count={count}; want 1 to {len(problems)}, the problems there are')
+    raise ValueError(f'count={count}; want 1 to {len(problems)}, as many as there are')
 
   def rank(place: int) -> bytes:
     return hashlib.sha256(f'{seed}/{problems[place].id}'.encode()).digest()

@@ -19,9 +19,10 @@ PLACEMENTS = ('user', 'system')
 
 SYNTHESIS = (
   'Several models have answered the latest question; their answers are listed below. '
-  'Write one answer that is better than any of them. Weigh them critically: some may be '
-  'biased, and some may be wrong. Do not hand one on as it stands, but give an answer of '
-  'your own that is corrected, complete and in good order.\n\nAnswers of the models:'
+  'Write one answer that is better than any of them. Weigh them critically: some may '
+  'be biased, and some may be wrong. Do not hand one on as it stands, but give an '
+  'answer of your own that is corrected, complete and in good order.\n\n'
+  'Answers of the models:'
 )
 REVIEW = (
   'Review this answer in at most 200 words. Name each mistake and say how to mend it; '
@@ -39,7 +40,7 @@ class Task(NamedTuple):
 
 
 _NUMBER = 'Reason step by step, then write #### and behind it the final answer.'
-_LETTER = 'Reason step by step, then write #### and behind it the letter of your choice.'
+_LETTER = 'Reason step by step, then write #### and behind it the right letter.'
 _BOXED = 'Reason step by step, then write the simplified final answer in \\boxed{}.'
 TASKS: dict[str, Task] = {
   'gsm8k': Task(f'You solve word problems of school. {_NUMBER}', _NUMBER, 'moo_gsm8k'),
@@ -122,7 +123,7 @@ def with_reviews(answer: str, reviews: Sequence[str]) -> str:
 
 
 def alternating(messages: Messages, *, fold_system: bool = False) -> Messages:
-  """Returns the conversation with neighbours of one role in one turn, a blank line apart.
+  """Returns the conversation with neighbours of one role joined by a blank line.
 
   The chat templates of Mistral and Gemma refuse turns that do not alternate, such as
   references in a user turn of their own; Gemma's and older ones also a system text.

@@ -189,7 +189,7 @@ def draw_shots(
 def few_shot_prompt(
   problem: Problem, shots: Sequence[Problem], *, instruction: str = NUMBER_INSTRUCTION
 ) -> str:
-  """Returns the prompt that opinions are asked for with: instruction, examples, problem.
+  """Returns the prompt that asks for an opinion: instruction, examples, problem.
 
   Without examples the problem follows the instruction with nothing between, as there.
   """
@@ -232,8 +232,8 @@ def _examples(shots: Sequence[Problem], instruction: str) -> str:
 def split_text(text: str) -> tuple[str, str]:
   """Returns (prompt, label) of a text of any of the four layouts; joined, the text.
 
-  In the order of the authors' evaluation: after the cue to solve (theirs or ours), after
-  the opinions, after the examples, or after the one `SOLUTION:` there is.
+  In the order of the authors' evaluation: after the cue to solve (theirs or ours),
+  after the opinions, after the examples, or after the one `SOLUTION:` there is.
 
   Raises:
     ValueError: None of them.

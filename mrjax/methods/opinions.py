@@ -199,9 +199,9 @@ def build_rows(
       without a marker whole, as the authors do; 'answer-only-label' cuts the label.
     models: Whose opinions are written, in the order of the files; None takes all.
     drop_empty: Leaves out opinions that say nothing. Off in the paper.
-    dedup: Leaves out opinions that repeat an earlier one of the row letter by letter, by
-      what was said, not by what a variant leaves of it: rows of all variants show the
-      same models. Off in the paper.
+    dedup: Leaves out opinions that repeat an earlier one of the row letter by letter.
+      What was said counts, not what a variant leaves of it, so that rows of all
+      variants show the same models. Off in the paper.
     reserved: As in `moo.protect`.
     form: 'prompt_completion', or the paper's 'text', both in one string, for a loss on
       all tokens.
