@@ -178,9 +178,9 @@ def test_shared_reviews_change_nothing_when_answers_depend_on_messages_alone():
     return [str(hash((c.model, str(c.messages)))) for c in calls]
 
   final = {
-    moa.run(
-      mixture(rounds=3, feedback=True, share_reviews=share), QUESTIONS, greedy
-    )['p3'][-1]
+    moa.run(mixture(rounds=3, feedback=True, share_reviews=share), QUESTIONS, greedy)[
+      'p3'
+    ][-1]
     for share in (False, True)
   }
   assert len(final) == 1

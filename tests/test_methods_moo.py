@@ -58,7 +58,7 @@ def test_rows_are_read_back(opinions, label):
 )
 def test_separators_in_opinions_are_refused_or_escaped(opinion):
   """The authors' rows would be read back as other opinions."""
-  with pytest.raises(ValueError, match='which separates opinions.*or give reserved='):
+  with pytest.raises(ValueError, match=r'which separates opinions.*or give reserved='):
     moo.format_prompt('q\n', ['fine', opinion])
   text = moo.format_prompt('q\n', ['fine', opinion, 'last'], reserved='escape') + 'l'
   assert moo.parse_row(text) == ('q\n', ('fine', opinion, 'last'), 'l')
@@ -96,7 +96,7 @@ def test_what_is_no_row(text, message):
 
 
 def test_bad_questions_and_policies():
-  with pytest.raises(ValueError, match='the question holds .OPINIONS START'):
+  with pytest.raises(ValueError, match="the question holds 'OPINIONS START'"):
     moo.format_prompt('OPINIONS START\n', [])
   with pytest.raises(ValueError, match="unknown reserved 'keep'; one of error, escape"):
     moo.protect('x', reserved='keep')
@@ -171,7 +171,7 @@ def test_texts_are_split_where_the_solution_begins(prompt):
   [
     ('QUESTION:a\nSOLUTION:b\nSOLUTION:c', 'found 1 and 2'),
     ('no markers', 'found 0 and 0'),
-    ('OPINIONS START OPINIONS END', "no 'OPINIONS END.nSOLUTION:' where"),
+    ('OPINIONS START OPINIONS END', r"no '.nOPINIONS END.nSOLUTION:' where"),
     ('QUESTION:q Examples starts>>> SOLUTION: <<<Examples ends', "no 'SOLUTION:' w"),
     (f'SOLUTION: {moo.SOLUTION_CUE}', 'where the prompt should end'),
   ],
@@ -223,10 +223,7 @@ def test_every_other_problem_is_drawn_equally_often():
 def test_the_draw_does_not_change_between_versions():
   """Literals: rows that were drawn once can be drawn again."""
   ids = [shot.id for shot in moo.draw_shots(CHOICE, POOL, 5, seed=11)]
-  assert ids == SHOTS_OF_SEED_11
-
-
-SHOTS_OF_SEED_11: list[str] = []
+  assert ids == ['train-2', 'train-0', 'train-5', 'train-4', 'train-6']
 
 
 def test_too_few_examples():

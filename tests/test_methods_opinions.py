@@ -188,7 +188,7 @@ def test_labels_without_chain_of_thought():
   records, _ = opinions.build_rows([boxed], variant='answer-only-label')
   assert records[0]['completion'] == r'\boxed{x^{2}}'
   none = opinions.OpinionRow('m', 'q\n', 'no answer', row.opinions)
-  with pytest.raises(DataError, match='^big.jsonl:1: the label has no final answer'):
+  with pytest.raises(DataError, match=r'^big.jsonl:1: the label has no final answer'):
     opinions.build_rows([none], variant='answer-only-label')
 
 
@@ -243,7 +243,7 @@ def test_repeated_opinions_can_be_dropped():
 
 def test_separators_in_opinions_name_their_file():
   files = [opinion_file('big'), opinion_file('mid', response=(1, 'x\n>>>2: #### y'))]
-  with pytest.raises(DataError, match='^mid.jsonl:2: an opinion holds .>>>'):
+  with pytest.raises(DataError, match=r'^mid.jsonl:2: an opinion holds .>>>'):
     opinions.build_rows(opinions.join_opinions(files))
   records, counts = opinions.build_rows(
     opinions.join_opinions(files), reserved='escape', form='text'
@@ -252,7 +252,7 @@ def test_separators_in_opinions_name_their_file():
   row = moo.parse_row(records[1]['text'])
   assert row == ('1+1?\n', ('so\n#### 5', 'x\n>>>2: #### y'), LABELS[1])
   files = [opinion_file('big', prompt_ori=(0, 'OPINIONS START\n'))]
-  with pytest.raises(DataError, match='^big.jsonl:1: the question holds'):
+  with pytest.raises(DataError, match=r'^big.jsonl:1: the question holds'):
     opinions.build_rows(opinions.join_opinions(files))
 
 

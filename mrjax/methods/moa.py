@@ -228,8 +228,7 @@ def step(
   texts = answer(calls)
   if len(texts) != len(calls) or not all(isinstance(text, str) for text in texts):
     raise ValueError(
-      f'want one string for each of {len(calls)} calls, got {len(texts)}: '
-      f'{texts!r:.80}'
+      f'want one string for each of {len(calls)} calls, got {len(texts)}: {texts!r:.80}'
     )
   said: dict[str, list[str]] = {}
   for call, text in zip(calls, texts, strict=True):

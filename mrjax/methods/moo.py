@@ -242,7 +242,7 @@ def split_text(text: str) -> tuple[str, str]:
     if cue in text:
       return _cut_after(text, f'{cue}\n{_SOLUTION}')
   if _START in text and _END in text:
-    return _cut_after(text, f'{_END}\n{_SOLUTION}')
+    return _cut_after(text, f'\n{_END}\n{_SOLUTION}')
   if _SHOTS_START in text and _SHOTS_END in text:
     return _cut_after(text, _SOLUTION, text.index(_SHOTS_END))
   if text.count(_QUESTION) == text.count(_SOLUTION) == 1:

@@ -307,5 +307,3 @@ def _answer_line(label: str) -> str:
   if not answer:
     raise ValueError(f'the label has no final answer to be cut to: {label[-60:]!r}')
   return f'#### {answer}' if '####' in label else f'\\boxed{{{answer}}}'
-
-
