@@ -1,4 +1,4 @@
-"""MuggleMath: what is asked, what is read from the answers, what is kept, and counts."""
+"""MuggleMath: what is asked, what is read from the answers, what is kept; counts."""
 
 import random
 

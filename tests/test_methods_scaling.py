@@ -141,7 +141,7 @@ def test_flops():
   assert scaling.token_flops(100, **shape) == 200 + 2 * 3 * 11 * 5
   assert scaling.token_flops(100, **shape, cached=True) == 166 + 330
   # 100 samples of GSM8K's train set from LLaMA-7B (32 layers of 4,096): the paper took
-  # about 10 hours of an A100, whose peak of 312e12 gives 1.1e19 operations in that time.
+  # about 10 hours of an A100, whose peak of 312e12 makes that 1.1e19 operations.
   flops = scaling.sampling_flops(
     6.7e9, num_layers=32, width=4096, num_samples=100 * 7473
   )

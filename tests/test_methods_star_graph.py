@@ -147,7 +147,7 @@ def test_problems_are_distinct_and_can_run_out():
 
 
 def test_bad_generation():
-  with pytest.raises(ValueError, match="no split 'dev', only pretrain, posttrain, test"):
+  with pytest.raises(ValueError, match="no split 'dev', only pretrain, posttrain"):
     generate('dev', 1)
   for changes in ({'size': 0}, {'size': 1, 'seed': -1}):
     with pytest.raises(ValueError, match='want at least 1 and 0'):

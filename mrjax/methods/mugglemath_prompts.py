@@ -60,16 +60,16 @@ _TEACHER = (
   'no solutions.'
 )
 _MATH_TEACHER = (
-  'You are a mathematics teacher who writes new exercises for a competition class. From '
+  'You are a mathematics teacher who writes exercises for a competition class. From '
   'the problem you are given, write {count} new problems, each with a full solution. '
   'These ways to change a problem are suggestions:\n{ways}\nWhere one of them does not '
-  'suit the problem, change it in a way that does, and name that way instead. End every '
-  'solution with the final answer in \\boxed{{}}. Write each problem in this form, with '
-  'its own number in all three marks:\n\n'
+  'suit the problem, change it in a way that does and name that way instead. End each '
+  'solution with the final answer in \\boxed{{}}. Write each problem in this form, its '
+  'own number in all three marks:\n\n'
   '[Problem 1: Change specific numbers]\n'
   'What is the sum of the roots of $x^2 - 9x + 14 = 0$?\n'
   '[Solution 1]\n'
-  'The equation factors as $(x - 2)(x - 7) = 0$, so its roots are $2$ and $7$. Their sum '
+  'The equation factors as $(x - 2)(x - 7) = 0$, so its roots are $2$ and $7$. The sum '
   'is $2 + 7 = \\boxed{{9}}$.\n'
   '[End 1]'
 )

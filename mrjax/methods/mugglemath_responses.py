@@ -1,4 +1,4 @@
-"""MuggleMath's response augmentation: several answers to a new question, and which stay.
+"""MuggleMath's response augmentation: answers to new questions, and which stay.
 
 Li et al. 2023, arXiv 2310.05506: chain-of-thought answers at a high temperature
 (T >= 1) after a varied number of worked examples. With 35 thousand questions, more than
@@ -181,7 +181,7 @@ def filter_responses(
 def response_records(
   problem: Problem, samples: Sequence[Record], *, template: str = 'alpaca'
 ) -> list[Record]:
-  """Returns SFT records of responses that stayed: those of `rft.collect`, field by field.
+  """Returns SFT records of responses that stayed, with the fields of `rft.collect`.
 
   Raises:
     ValueError: An unknown template, or 'chat', which needs a tokenizer.

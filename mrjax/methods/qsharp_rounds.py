@@ -58,16 +58,17 @@ def combine_rounds(
       )
     if value.problem_id not in order:
       raise ValueError(
-        f'{where}: problem {value.problem_id!r} is not among the {len(order)} problems; '
+        f'{where}: problem {value.problem_id!r} is not among the {len(order)} asked; '
         'give the problems that were sampled'
       )
     key = (order[value.problem_id], value.round, index)
     if key in places:
       raise ValueError(
         f'{where}: sample {index} of problem {value.problem_id!r} in round '
-        f'{value.round} is already at {places[key][0]}; give every file once, and every '
+        f'{value.round} is already at {places[key][0]}; give a file once, and every '
         'round its own number'
       )
+    places[key] = where, record
   missing = sorted(set(order.values()) - {place for place, _, _ in places})
   if missing and not allow_missing:
     names = ', '.join(repr(problem_ids[place]) for place in missing[:5])

@@ -118,8 +118,8 @@ def down_sample(
   size = math.floor(fraction * len(problem_ids) + 0.5)
   if not size:
     raise ValueError(
-      f'fraction={fraction:g} of {len(problem_ids)} problems leaves none; take a larger '
-      'one'
+      f'fraction={fraction:g} of {len(problem_ids)} problems leaves none; take a '
+      'larger one'
     )
   ranked = sorted(
     problem_ids, key=lambda key: (random.Random(f'{seed}/{key}/fraction').random(), key)

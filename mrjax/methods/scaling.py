@@ -169,7 +169,7 @@ def token_flops(
 ) -> float:
   """Returns the operations of a forward pass for one token.
 
-  2 N + 2 n_layer n_ctx d, and with a cache of keys and values 1.66 N + 2 n_layer n_ctx d
+  2 N + 2 n_layer n_ctx d; with a cache of keys and values 1.66 N + 2 n_layer n_ctx d
   in the paper's estimate. (Its factor is kept; a cache saves no product of a weight
   with the token itself, so 2 N would be our own count.)
   """

@@ -58,10 +58,10 @@ def find_pairs(
     found = texts[problem.id]
     looked = sorted(found)[:max_tries]
     counts['num_empty'] += sum(not found[i].strip() for i in looked)
-    wrong = (i for i in looked if found[i].strip() and not is_correct(problem, found[i]))
-    index = next(wrong, None)
-    if index is not None:
-      pairs.append(Pair(problem, found[index].strip(), index))
+    wrong = (i for i in looked if _is_wrong(problem, found[i]))
+    first = next(wrong, None)
+    if first is not None:
+      pairs.append(Pair(problem, found[first].strip(), first))
     elif looked:
       counts['num_without_wrong'] += 1
     else:
@@ -111,3 +111,7 @@ def _answer(problem: Problem) -> str:
   if problem.answer is None:
     raise ValueError(f'problem {problem.id!r} has no answer; want the path')
   return problem.answer
+
+
+def _is_wrong(problem: Problem, text: str) -> bool:
+  return bool(text.strip()) and not is_correct(problem, text)
