@@ -107,7 +107,7 @@ def parse_graph(question: str) -> Graph:
     fault = 'a node has two ways in, or the start has one'
   elif graph.goal not in leaves:
     fault = f'the goal {graph.goal} is no leaf'
-  # Forks make more leaves than the start has ways out; cycles and pieces apart add edges.
+  # Forks give more leaves than the start has ways out; pieces apart add edges.
   elif (
     len(lengths) > 1
     or len(leaves) * max(lengths) != len(edges)
@@ -127,7 +127,7 @@ _QUESTION = re.compile(
 
 
 def path_to(graph: Graph, leaf: int) -> tuple[int, ...]:
-  """Returns the nodes from the start to a leaf, both included; () if there is no way."""
+  """Returns the nodes from the start to a leaf, both included; () without a way."""
   parents = {b: a for a, b in graph.edges}
   path = [leaf]
   while path[-1] in parents and len(path) <= len(parents):
@@ -217,8 +217,8 @@ def _check_shape(num_arms: int, path_length: int, num_nodes: int) -> None:
   needed = 1 + num_arms * (path_length - 1)
   if num_arms < 2 or path_length < 2 or needed > num_nodes:
     raise ValueError(
-      f'G({num_arms}, {path_length}) on {num_nodes} ids: want at least 2 arms, paths of '
-      f'at least 2 nodes, and 1 + d * (l - 1) = {needed} <= {num_nodes} nodes'
+      f'G({num_arms}, {path_length}) on {num_nodes} ids: want at least 2 arms, paths '
+      f'of at least 2 nodes, and 1 + d * (l - 1) = {needed} <= {num_nodes} nodes'
     )
 
 
