@@ -208,7 +208,9 @@ def test_responses_as_the_paper_stores_and_reads_them(text, stored, answer, corr
 def test_responses_come_in_the_order_of_problems_and_indices():
   problems = make_problems(5)
   samples = [
-    sample(p.id, f'#### {i * j}', 2 * j) for i, p in enumerate(problems) for j in (0, 1, 2)
+    sample(p.id, f'#### {i * j}', 2 * j)
+    for i, p in enumerate(problems)
+    for j in (0, 1, 2)
   ]
   read = lambda samples: data.read_responses(
     samples, problems, rule=RULE, num_samples=3
@@ -238,7 +240,10 @@ def test_gold_is_the_answer_else_the_solution_else_nothing_is_judged():
 @pytest.mark.parametrize(
   ('samples', 'message'),
   [
-    ([sample('p0', 'x'), sample('p0', 'y'), sample('p1', '')], "sample 0 of problem 'p0' comes twice"),
+    (
+      [sample('p0', 'x'), sample('p0', 'y'), sample('p1', '')],
+      "sample 0 of problem 'p0' comes twice",
+    ),
     ([sample('p0', 'x')], r"weak: 1 of 2 .* have 1 sample.* first 'p1' with 0"),
     (
       [sample('p0', 'x'), sample('p0', 'y', 1), sample('p1', '')],
@@ -558,8 +563,8 @@ def test_our_records_in_the_released_form():
     ('from_released_sft', {'id': 1, 'content': 'c'}, "'output' is None"),
     ('from_released_sft', {'content': 'c', 'output': 'o'}, "'id' is None"),
     ('from_released_sft', {'id': True, 'content': 'c', 'output': 'o'}, "'id' is True"),
-    ('from_released_pair', {'id': 1, 'instruction': 'c', 'output': ['a']}, 'two strings'),
-    ('from_released_pair', {'id': 1, 'instruction': 'c', 'output': 'ab'}, 'two strings'),
+    ('from_released_pair', {'instruction': 'c', 'output': ['a']}, 'two strings'),
+    ('from_released_pair', {'instruction': 'c', 'output': 'ab'}, 'two strings'),
     (
       'from_released_pair',
       {'id': 1, 'instruction': 'c', 'input': 'x', 'output': ['a', 'b']},

@@ -81,12 +81,12 @@ def test_what_becomes_of_a_question(mode, weak, answers, expected):
   assert name == expected
   assert bool(pairs) == (expected in ('weak_chosen', 'weak_rejected'))
   for chosen, rejected in pairs:
-    sides = {"weak_chosen": chosen, "weak_rejected": rejected}
+    sides = {'weak_chosen': chosen, 'weak_rejected': rejected}
     assert sides[name].text == f'weak #### {weak}'
-    assert chosen.answer == "1" != rejected.answer
-    assert (chosen.text.startswith("way"), rejected.text.startswith("way")) == (
-      name == "weak_rejected",
-      name == "weak_chosen",
+    assert chosen.answer == '1' != rejected.answer
+    assert (chosen.text.startswith('way'), rejected.text.startswith('way')) == (
+      name == 'weak_rejected',
+      name == 'weak_chosen',
     )
 
 
@@ -215,7 +215,8 @@ def test_pairs_depend_on_no_other_question(mode):
 @pytest.mark.parametrize('seed', range(5))
 def test_counts_add_up(mode, seed):
   problems, weak, samples = make_case(70, seed + 20)
-  records, statistics = stage2.build_pairs(problems, weak, samples, PairRules(mode=mode))
+  rules = PairRules(mode=mode)
+  records, statistics = stage2.build_pairs(problems, weak, samples, rules)
   questions, pairs = statistics['questions'], statistics['pairs']
   assert sum(questions.values()) == statistics['num_questions'] == 70
   assert sum(pairs.values()) == statistics['num_pairs'] == len(records)
@@ -231,7 +232,11 @@ def test_counts_add_up(mode, seed):
 
 
 def test_records_and_accuracies_by_hand():
-  problems = [Problem('a', 'One?', '1'), Problem('b', 'Two?', '2'), Problem('c', 'x', '3')]
+  problems = [
+    Problem('a', 'One?', '1'),
+    Problem('b', 'Two?', '2'),
+    Problem('c', 'x', '3'),
+  ]
   weak = {
     'a': Response('w a', '1', 0, True),
     'b': Response('', '', 0, False),

@@ -1,9 +1,9 @@
 """Weak-to-strong reasoning, stage I: the strong model learns what both models answer.
 
-Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage I, with the details
-of the authors' code. Questions on which the weak model's greedy answer equals the strong
-model's in-context answer are kept; the weak texts, the in-context texts and both of them
-are three fine-tuning sets. A second round puts the first two fine-tuned models in the
+Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage I, with details of
+the authors' code. Questions on which the weak model's greedy answer equals the strong
+model's in-context answer are kept; the weak texts, the in-context texts and both are
+three fine-tuning sets. A second round puts the first two fine-tuned models in the
 places of the weak and the in-context one. Stage II is `weak_to_strong_pairs`.
 
 Followed: answers are compared as strings after normalisation, never as mathematics,
@@ -251,4 +251,5 @@ def any_correct(responses: Mapping[str, Sequence[Response]], k: int) -> float:
   judged = [[sample.correct for sample in samples] for samples in responses.values()]
   if any(correct is None for flags in judged for correct in flags):
     raise ValueError('pass@k needs problems with answers; some here have none')
-  return float(metrics.any_of_k([[bool(c) for c in flags] for flags in judged], k).mean())
+  solved = [[bool(correct) for correct in flags] for flags in judged]
+  return float(metrics.any_of_k(solved, k).mean())

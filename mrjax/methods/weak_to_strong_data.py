@@ -39,8 +39,8 @@ def gold_records(problems: Iterable[Problem], *, answer_key: str) -> list[Record
     if answer_key not in solution:
       if problem.answer is None:
         raise ValueError(
-          f'problem {problem.id!r} has no answer to put after {answer_key!r}, which its '
-          'solution lacks; take a data set with answers or another answer key'
+          f'problem {problem.id!r} has no answer to put after {answer_key!r}, which '
+          'its solution lacks; take a data set with answers or another answer key'
         )
       solution = f'{solution} {answer_key} {problem.answer}'
     records.append(sft_record(problem, solution) | {'origin': 'gold'})
@@ -88,6 +88,9 @@ def read_responses(
   Answers are extracted, and judged where a problem has a gold, by `rule`, whatever a
   graded sample says. The order of the samples does not matter.
 
+  Texts stay whole. The paper samples with the stop strings `Question` and `Answer`; a
+  text that runs on would be trained on so, though its answer stands before `Question`.
+
   Args:
     samples: `problem_id`, `sample_index` and `text`; other fields are ignored.
     problems: The questions that were asked.
@@ -108,29 +111,30 @@ def read_responses(
     key, index, text = (record.get(n) for n in ('problem_id', 'sample_index', 'text'))
     if not isinstance(key, str) or type(index) is not int or not isinstance(text, str):
       raise ValueError(
-        f'{name}: record {number} has problem_id {key!r:.40}, sample_index {index!r:.40} '
-        f'and text {text!r:.40}; want a string, a whole number and a string'
+        f'{name}: record {number} has problem_id {key!r:.40}, sample_index '
+        f'{index!r:.40} and text {text!r:.40}; want a string, a whole number and a '
+        'string'
       )
     if key not in places:
       strangers.append(key)
     elif index in found[places[key]]:
       raise ValueError(
-        f'{name}: sample {index} of problem {key!r} comes twice; samples of one problem '
-        'need different indices'
+        f'{name}: sample {index} of problem {key!r} comes twice; samples of one '
+        'problem need different indices'
       )
     else:
       found[places[key]][index] = text
   if strangers:
     raise ValueError(
-      f'{name}: {len(strangers)} samples belong to none of the {len(problems)} problems, '
-      f'first to {strangers[0]!r}; give the samples of these problems alone'
+      f'{name}: {len(strangers)} samples belong to none of the {len(problems)} '
+      f'problems, first to {strangers[0]!r}; give the samples of these problems alone'
     )
   uneven = [p.id for p, texts in zip(problems, found) if len(texts) != num_samples]
   if uneven:
     raise ValueError(
       f'{name}: {len(uneven)} of {len(problems)} problems do not have {num_samples} '
-      f'sample(s), first {uneven[0]!r} with {len(found[places[uneven[0]]])}; finish the '
-      'sampling run or correct the number'
+      f'sample(s), first {uneven[0]!r} with {len(found[places[uneven[0]]])}; finish '
+      'the sampling run or correct the number'
     )
   return {
     problem.id: tuple(
@@ -167,8 +171,8 @@ def check_covered(
   missing = [problem.id for problem in problems if problem.id not in responses]
   if missing:
     raise ValueError(
-      f'{name}: {len(missing)} problem(s) have no response, first {missing[0]!r}; every '
-      'model answers every question'
+      f'{name}: {len(missing)} problem(s) have no response, first {missing[0]!r}; '
+      'every model answers every question'
     )
 
 
@@ -184,8 +188,8 @@ def pick_demonstrations(
   """Returns solved problems for the few-shot prompt, solved by the weak model.
 
   All responses are shuffled once, in the order of the problems, and the first that
-  qualify are taken: with seed 42 these are the paper's own for Gemma-2b. As there, the
-  question of a demonstration is itself asked later, with its weak solution in view.
+  qualify are taken, as in the authors' code (there with seed 42). As there, a
+  demonstration's own question is asked later too, with its weak solution in view.
 
   Args:
     problems: The questions of `train_2`.
@@ -198,9 +202,12 @@ def pick_demonstrations(
   Raises:
     ValueError: Too few responses qualify, or no such filter.
   """
+  if num_shots < 0:
+    raise ValueError(f'num_shots is {num_shots}, want at least 0')
   if only not in DEMONSTRATION_FILTERS:
     raise ValueError(
-      f'unknown demonstration filter {only!r}; one of {", ".join(DEMONSTRATION_FILTERS)}'
+      f'unknown demonstration filter {only!r}; one of '
+      f'{", ".join(DEMONSTRATION_FILTERS)}'
     )
   check_covered(problems, weak, 'weak responses')
   shuffled = list(problems)
@@ -228,4 +235,4 @@ def prompt_of(problem: Problem, demonstrations: Iterable[Problem] = ()) -> str:
   return ''.join(
     render_prompt(TEMPLATE, solved).text + render_completion(TEMPLATE, solved) + '\n\n'
     for solved in demonstrations
-  ) + str(render_prompt(TEMPLATE, problem).text)
+  ) + render_prompt(TEMPLATE, problem).text

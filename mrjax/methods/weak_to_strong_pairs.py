@@ -1,7 +1,7 @@
-"""Weak-to-strong reasoning, stage II: the strong model learns from the weak one's errors.
+"""Weak-to-strong reasoning, stage II: the strong model learns from weak errors.
 
-Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage II, with the details
-of the authors' code. The samples of M_plus, the last model of stage I, vote on the answer
+Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage II, as in the
+the authors' code. The samples of M_plus, the last model of stage I, vote on the answer
 of a question; with enough confidence, the weak model's own response is paired with a
 sample that answers otherwise. Golds decide nothing: they serve the statistics.
 
@@ -53,7 +53,7 @@ class PairRules:
   weak_reject_confidence: float = 0.8  # of pairs that reject the weak response
   max_pairs: int = 3  # a question, in mode 'math'
   seed: int = 42
-  draw: str = 'problem'  # or 'file': one stream in the order of the problems, as published
+  draw: str = 'problem'  # or 'file': one stream in file order, as published
 
   def __post_init__(self) -> None:
     if self.mode not in MODES:

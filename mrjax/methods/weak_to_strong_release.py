@@ -1,10 +1,10 @@
 """The files that weak-to-strong (arXiv 2407.13647) released, to and from our records.
 
 Fine-tuning sets are {id, content, output} and preference pairs {id, instruction, input,
-output: [chosen, rejected]}, both for LLaMA-Factory. Its `id` is the row of `train_2`; it
-becomes the `problem_id` as a string, so `split.train_2[int(problem_id)]` is the problem
-where the split lists that row. `output` follows the prompt directly there, because
-LLaMA-Factory tokenises the two apart; in our records it follows one space, as everywhere
+output: [chosen, rejected]}, both for LLaMA-Factory. Its `id` is the row of `train_2`,
+which becomes the `problem_id` as a string: `split.train_2[int(problem_id)]` is the
+problem where the split lists that row. `output` follows the prompt directly there, for
+LLaMA-Factory tokenises the two apart; in our records it follows one space, as always
 in the layout 'w2s'.
 """
 
