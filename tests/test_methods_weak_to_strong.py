@@ -175,9 +175,11 @@ def test_bad_demonstrations():
     data.pick_demonstrations(
       problems, weak, answer_key='####', only='correct', num_shots=3
     )
+  with pytest.raises(ValueError, match='num_shots is -1'):
+    data.pick_demonstrations(problems, weak, answer_key='####', num_shots=-1)
   with pytest.raises(ValueError, match="filter 'best'; one of has_key, correct"):
     data.pick_demonstrations(problems, weak, answer_key='####', only='best')
-  with pytest.raises(ValueError, match="1 problem.* no response, first 'p3'"):
+  with pytest.raises(ValueError, match=r"1 problem.* no response, first 'p3'"):
     data.pick_demonstrations(make_problems(4), weak, answer_key='####')
 
 
@@ -301,9 +303,9 @@ def test_latex_equivalence_keeps_more():
   problems = make_problems(3)
   weak = answered('0.5', '2', '')
   icl = answered(r'\frac{1}{2}', '3', '')
-  kept = lambda equivalence: stage1.select_consistent(
-    problems, weak, icl, equivalence=equivalence
-  ).kept
+  kept = lambda equivalence: (
+    stage1.select_consistent(problems, weak, icl, equivalence=equivalence).kept
+  )
   assert kept('string') == ()
   assert kept('latex') == ('p0',)
 
@@ -378,7 +380,7 @@ def test_padding_bounds():
   select = lambda pad_to: stage1.select_consistent(problems, weak, icl, pad_to=pad_to)
   assert select(3).padding == select(4).padding == ()
   assert select(8).padding == ('p4', 'p5', 'p7', 'p8')
-  with pytest.raises(ValueError, match='pad_to=9, but 4 .* 4 others .* at most 8'):
+  with pytest.raises(ValueError, match=r'pad_to=9, but 4 .* 4 others .* at most 8'):
     select(9)
 
 
@@ -403,8 +405,10 @@ def test_counts_add_up(seed):
   weak, icl = draw(), draw()
   selection = stage1.select_consistent(problems, weak, icl, pad_to=num)
   stats = selection.statistics
-  assert stats['num_questions'] == num == (
-    stats['num_weak_unanswered'] + stats['num_disagreeing'] + stats['num_kept']
+  assert (
+    stats['num_questions']
+    == num
+    == (stats['num_weak_unanswered'] + stats['num_disagreeing'] + stats['num_kept'])
   )
   assert len(selection.kept) == stats['num_kept']
   assert set(selection.kept) | set(selection.padding) == {p.id for p in problems}

@@ -47,7 +47,10 @@ def test_no_votes():
     stage2.count_votes([])
 
 
-def outcome(weak, answers, rules=PairRules(), texts=None):
+RULES = PairRules()
+
+
+def outcome(weak, answers, rules=RULES, texts=None):
   vote = stage2.count_votes(responses(*answers, texts=texts))
   name, pairs = stage2.pair_responses(
     Response(f'weak #### {weak}', weak), vote, rules, random.Random(5)

@@ -118,7 +118,8 @@ def select_consistent(
   for name, responses in (('weak responses', weak), ('in-context responses', icl)):
     check_covered(problems, responses, name)
   is_equal = EQUIVALENCES[equivalence]
-  kept, rest = [], []
+  kept: list[str] = []
+  rest: list[str] = []
   for problem in problems:
     answers = weak[problem.id].answer, icl[problem.id].answer
     (kept if all(answers) and is_equal(*answers) else rest).append(problem.id)
@@ -162,9 +163,7 @@ def _draw(keys: Sequence[str], number: int, seed: int) -> list[str]:
   return [key for key in keys if key in drawn]
 
 
-def _accuracy(
-  responses: Mapping[str, Response], keys: Sequence[str]
-) -> float | None:
+def _accuracy(responses: Mapping[str, Response], keys: Sequence[str]) -> float | None:
   return sum(bool(responses[k].correct) for k in keys) / len(keys) if keys else None
 
 
@@ -213,9 +212,7 @@ def build_full_weak(
   }
 
 
-def performance_gap_recovered(
-  student: float, *, floor: float, ceiling: float
-) -> float:
+def performance_gap_recovered(student: float, *, floor: float, ceiling: float) -> float:
   """Returns (student - floor) / (ceiling - floor), of Burns et al. 2023, 2312.09390.
 
   Below 0 for a student worse than its weak teacher, above 1 for one that is better

@@ -232,7 +232,12 @@ def prompt_of(problem: Problem, demonstrations: Iterable[Problem] = ()) -> str:
 
   Each demonstration, its solution included, is followed by a blank line.
   """
-  return ''.join(
-    render_prompt(TEMPLATE, solved).text + render_completion(TEMPLATE, solved) + '\n\n'
-    for solved in demonstrations
-  ) + render_prompt(TEMPLATE, problem).text
+  return (
+    ''.join(
+      render_prompt(TEMPLATE, solved).text
+      + render_completion(TEMPLATE, solved)
+      + '\n\n'
+      for solved in demonstrations
+    )
+    + render_prompt(TEMPLATE, problem).text
+  )

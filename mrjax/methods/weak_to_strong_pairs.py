@@ -1,6 +1,6 @@
 """Weak-to-strong reasoning, stage II: the strong model learns from weak errors.
 
-Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage II, as in the
+Yang et al. 2024, "Weak-to-Strong Reasoning", arXiv 2407.13647, stage II, as in
 the authors' code. The samples of M_plus, the last model of stage I, vote on the answer
 of a question; with enough confidence, the weak model's own response is paired with a
 sample that answers otherwise. Golds decide nothing: they serve the statistics.
@@ -139,7 +139,7 @@ def build_pairs(
   problems: Sequence[Problem],
   weak: Mapping[str, Response],
   samples: Mapping[str, Sequence[Response]],
-  rules: PairRules = PairRules(),  # noqa: B008 (frozen)
+  rules: PairRules = PairRules(),
 ) -> tuple[list[Record], dict[str, Any]]:
   """Returns the preference records and their statistics.
 

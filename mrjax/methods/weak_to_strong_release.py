@@ -95,7 +95,7 @@ def _unspaced(record: Record, name: str) -> str:
   text = _text(record, name)
   if not text.startswith(_SPACE):
     raise ValueError(
-      f"field {name!r} does not start with a space: {text!r:.80}; want a record in "
+      f'field {name!r} does not start with a space: {text!r:.80}; want a record in '
       "the layout 'w2s'"
     )
   return text[len(_SPACE) :]
