@@ -147,9 +147,7 @@ def test_math_items():
     ]
   )
   parsed = mugglemath.parse_math_queries(text)
-  assert parsed.queries == {
-    'numbers': ('What is $2+2$?\nThink.', 'It is\n\\boxed{4}.')
-  }
+  assert parsed.queries == {'numbers': ('What is $2+2$?\nThink.', 'It is\n\\boxed{4}.')}
   assert parsed.dropped == {
     'fractions': 'no_box',
     'concepts': 'unended',
@@ -182,7 +180,9 @@ def sample(text, *, problem_id='p-0', index=0, reason='stop'):
 
 
 def test_new_problems_and_their_ids():
-  new, counts = mugglemath.augment_queries([OLD], [sample(LIST, index=3)], query_set='D1')
+  new, counts = mugglemath.augment_queries(
+    [OLD], [sample(LIST, index=3)], query_set='D1'
+  )
   assert [problem.id for problem in new] == [f'p-0-D1-3-{name}' for name in TYPES]
   assert [problem.question for problem in new] == list(QUESTIONS.values())
   assert {problem.answer for problem in new} == {None}

@@ -292,11 +292,11 @@ def test_missing_problems_are_named():
   ('records', 'message'),
   [
     (rows(('x', 1, 0, 1)), "f:1: problem 'x' is not among the 1 asked"),
-    (rows(('a', 1, 0, 1), ('a', 1, 0, 0)), "f:2: sample 0 of .* is already at f:1"),
+    (rows(('a', 1, 0, 1), ('a', 1, 0, 0)), 'f:2: sample 0 of .* is already at f:1'),
     (rows(('a', -1, 0, 1)), "f:1: field 'round'"),
     (rows(('a', 1, None, 1)), "f:1: field 'sample_index' is None"),
     (rows(('a', 1, True, 1)), "f:1: field 'sample_index' is True"),
-    ([('f:9', {'problem_id': 'a'})], "f:9: missing field"),
+    ([('f:9', {'problem_id': 'a'})], 'f:9: missing field'),
     ([], "1 of 1 problems have no value record: 'a'"),
   ],
 )

@@ -30,7 +30,9 @@ def test_bad_unions():
   with pytest.raises(ValueError, match='there are none of 7B-2, 13B-2'):
     rft_subsets.union_samples('U13B', {'7B': 'a', '13B': 'c', '13B-2': ''})
   with pytest.raises(ValueError, match="'a,b' holds a comma"):
-    rft_subsets.union_samples('U13B', dict.fromkeys(('7B', '7B-2', '13B', '13B-2'), 'a,b'))
+    rft_subsets.union_samples(
+      'U13B', dict.fromkeys(('7B', '7B-2', '13B', '13B-2'), 'a,b')
+    )
 
 
 def test_first_seeds_are_those_of_every_set():

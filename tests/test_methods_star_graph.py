@@ -65,7 +65,7 @@ def test_drawn_graphs_have_their_shape(arms, length):
   ],
 )
 def test_other_texts_are_no_star_graphs(question):
-  with pytest.raises(ValueError, match='is no question of a star|is no star graph'):
+  with pytest.raises(ValueError, match=r'is no question of a star|is no star graph'):
     star_graph.parse_graph(question)
 
 
@@ -136,7 +136,7 @@ def test_problems_are_distinct_and_can_run_out():
   # G(2, 2) on 3 ids: 3 centres, 2 goals; 6 questions but for the order of edges.
   found, size = {}, 0
   for split in star_graph.SPLIT_SIZES:
-    with pytest.raises(ValueError, match='found only (.*) distinct graphs of G') as e:
+    with pytest.raises(ValueError, match=r'found only (.*) distinct graphs of G') as e:
       generate(split, 7, path_length=2, num_nodes=3)
     count = int(str(e.value).split()[2])
     size += count

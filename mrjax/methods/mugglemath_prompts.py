@@ -133,5 +133,3 @@ def _ways(chosen: Sequence[QueryType]) -> str:
 
 def _message(role: str, content: str) -> Record:
   return {'role': role, 'content': content}
-
-

@@ -185,7 +185,9 @@ def complete(
         continue
       ids, reason = (*cut.prefix_ids, *sample['token_ids']), sample['finish_reason']
     counts['num_unfinished'] += reason == 'length'
-    responses.append(Response(cut.problem_id, cut.sample_index, ids, reason, cut.switch))
+    responses.append(
+      Response(cut.problem_id, cut.sample_index, ids, reason, cut.switch)
+    )
   for problem_id, index in found:
     raise ValueError(
       f'the roll-out of sample {index} of problem {problem_id!r} belongs to no cut; '

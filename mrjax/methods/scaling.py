@@ -130,17 +130,17 @@ def fit_groups(
 def _columns(
   points: Iterable[Mapping[str, float]], *names: str
 ) -> tuple[list[float], ...]:
-  rows = []
+  columns: tuple[list[float], ...] = tuple([] for _ in names)
   for point in points:
-    row = [point.get(name) for name in names]
-    for name, value in zip(names, row, strict=True):
+    for name, column in zip(names, columns, strict=True):
+      value = point.get(name)
       if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(
           f'field {name!r} of a point is {value!r:.40}, want a number: '
           f'{dict(point)!r:.120}'
         )
-    rows.append(row)
-  return tuple([row[i] for row in rows] for i in range(len(names)))
+      column.append(value)
+  return columns
 
 
 def training_flops(
