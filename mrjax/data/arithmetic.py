@@ -100,6 +100,29 @@ def distinct_solutions(problem: Problem) -> Iterator[str]:
   Raises:
     ValueError: The problem was not made here.
   """
+  story = find_story(problem)
+  last_line = (problem.solution or '').rpartition('\n')[2]
+  seen = set()
+  for graph in rearrangements(story.steps):
+    for order in _orders(graph):
+      chosen = [graph[i] for i in order]
+      for flips in itertools.product(*[(False, True)[: 1 + _flips(s)] for s in chosen]):
+        lines = [
+          write_line(step, step.wordings[0], flip)
+          for step, flip in zip(chosen, flips, strict=True)
+        ]
+        key = tuple(re.findall(r'<<(.*?)>>', ''.join(lines)))
+        if key not in seen:
+          seen.add(key)
+          yield '\n'.join([*lines, last_line])
+
+
+def find_story(problem: Problem) -> Story:
+  """Returns the story of a generated problem, found again by its id.
+
+  Raises:
+    ValueError: The problem was not made here.
+  """
   match = _ID.fullmatch(problem.id)
   if not match:
     raise ValueError(f'{problem.id!r} is not the id of a generated arithmetic problem')
@@ -109,17 +132,7 @@ def distinct_solutions(problem: Problem) -> Iterator[str]:
     raise ValueError(
       f'{problem.id!r} does not ask this question: {problem.question!r:.80}'
     )
-  last_line = (problem.solution or '').rpartition('\n')[2]
-  seen = set()
-  for graph in _rearrangements(story.steps):
-    for order in _orders(graph):
-      chosen = [graph[i] for i in order]
-      for flips in itertools.product(*[(False, True)[: 1 + _flips(s)] for s in chosen]):
-        lines = [_line(s, s.wordings[0], f) for s, f in zip(chosen, flips, strict=True)]
-        key = tuple(re.findall(r'<<(.*?)>>', ''.join(lines)))
-        if key not in seen:
-          seen.add(key)
-          yield '\n'.join([*lines, last_line])
+  return story
 
 
 def _check(
@@ -189,22 +202,23 @@ def _problem(
 def _sample_solution(draws: Draws, steps: Sequence[Step]) -> list[str]:
   """Returns one solution: the order told as often as all other orders together."""
   if draws.chance(0.5):
-    graphs = list(_rearrangements(steps))
+    graphs = list(rearrangements(steps))
     steps = draws.pick(graphs)
     done: list[int] = []
     while len(done) < len(steps):
       ready = [
-        i for i in range(len(steps)) if i not in done and _needs(steps[i]) <= set(done)
+        i for i in range(len(steps)) if i not in done and needed_steps(steps[i]) <= set(done)
       ]
       done.append(draws.pick(ready))
     steps = [steps[i] for i in done]
   return [
-    _line(step, draws.pick(step.wordings), _flips(step) and draws.chance(0.15))
+    write_line(step, draws.pick(step.wordings), _flips(step) and draws.chance(0.15))
     for step in steps
   ]
 
 
-def _needs(step: Step) -> set[int]:
+def needed_steps(step: Step) -> set[int]:
+  """Returns the steps whose results a step uses, by their places in the story."""
   return {term.step for term in step.terms if term.step is not None}
 
 
@@ -213,7 +227,8 @@ def _flips(step: Step) -> bool:
   return step.operators in ('+', '*') and step.terms[0].value != step.terms[1].value
 
 
-def _line(step: Step, wording: str, flip: bool) -> str:
+def write_line(step: Step, wording: str, flip: bool = False) -> str:
+  """Returns a line of a solution: the wording with the annotated calculation in it."""
   values = [str(term.value) for term in step.terms]
   if flip:
     values.reverse()
@@ -230,20 +245,20 @@ def _orders(steps: Sequence[Step]) -> Iterator[list[int]]:
     if len(done) == len(steps):
       yield list(done)
     for i, step in enumerate(steps):
-      if i not in done and _needs(step) <= set(done):
+      if i not in done and needed_steps(step) <= set(done):
         yield from extend([*done, i])
 
   yield from extend([])
 
 
-def _rearrangements(steps: Sequence[Step]) -> Iterator[list[Step]]:
+def rearrangements(steps: Sequence[Step]) -> Iterator[list[Step]]:
   """Yields the graph as told, then with gains and losses in a row in other orders."""
   runs: list[list[int]] = []
   for i, step in enumerate(steps):
     if not step.shift:
       continue
     # The amount between two shifts may change only if nothing else uses it.
-    private = sum(i - 1 in _needs(other) for other in steps) == 1
+    private = sum(i - 1 in needed_steps(other) for other in steps) == 1
     if i and steps[i - 1].shift and step.terms[0].step == i - 1 and private:
       runs[-1].append(i)
     else:

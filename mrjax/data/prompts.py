@@ -37,7 +37,8 @@ def _moo_options(options: Sequence[str]) -> str:
   return '\noptions: ' + ' '.join(options)
 
 
-def _candidates(options: Sequence[str]) -> str:
+def list_candidates(options: Sequence[str]) -> str:
+  """Returns the line of candidates, without letters, with the newline before it."""
   texts = [re.sub(r'^\(?[A-Z][).:]\s*', '', option) for option in options]
   return '\nCandidate Answers: ' + ', '.join(texts) + '.'
 
@@ -72,7 +73,7 @@ _LAYOUTS = {
   # explained; the candidates are listed without letters.
   'lema': _Layout(
     'Please solve the following math problem.\nQuestion: {question}' + _LEMA_END,
-    options=_candidates,
+    options=list_candidates,
     choice_prompt=(
       'Please explain each candidate answer of the following question, then choose one '
       'of them and give the reasons.\nQuestion: {question}' + _LEMA_END
