@@ -1,6 +1,7 @@
 """The scripted expert: it finds every perturbed step, and its questions have answers."""
 
 import dataclasses
+import functools
 import itertools
 import random
 import re
@@ -33,6 +34,7 @@ PROBLEMS = [
 TASKS = {p.id: 'math' if '-boxed-' in p.id else 'gsm8k' for p in PROBLEMS}
 
 
+@functools.cache
 def solution_set(problem):
   """The equations of every valid solution, or None where there are too many."""
   texts = list(itertools.islice(distinct_solutions(problem), 3001))
@@ -168,20 +170,25 @@ def test_other_faults():
 
 
 def test_two_steps_in_one_line_are_right():
-  problem = Problem(
-    id='arithmetic-train-0-0', question='', answer=''
-  )  # replaced by one whose second step uses the first
-  for problem in PROBLEMS:
-    story = find_story(problem)
-    if len(story.steps) >= 2 and story.steps[1].terms[0].step == 0:
-      break
-  steps = as_steps(problem)
+  problem = next(p for p in PROBLEMS if uses_first(find_story(p).steps))
+  steps = split_steps(next(distinct_solutions(problem)))  # in the order told
   one, two = (equations(step)[0].split('=') for step in steps[:2])
-  inner = two[0].replace(one[1], f'({one[0]})', 1)
+  inner = re.sub(rf'\b{one[1]}\b', f'({one[0]})', two[0], count=1)
   merged = f'{inner}=<<{inner}={two[1]}>>{two[1]}'
   assert correct_solution(problem, [merged, *steps[2:]]) is None
   off = f'{inner}=<<{inner}={int(two[1]) + 1}>>{int(two[1]) + 1}'
   assert correct_solution(problem, [off, *steps[2:]]).step == 1
+  other = inner.replace('(', '(1+')
+  value = f'{evaluate(other):g}'
+  off = f'{other}=<<{other}={value}>>{value}'
+  assert correct_solution(problem, [off, *steps[2:]]).step == 1
+
+
+def uses_first(steps):
+  """Says whether the second step uses the first, and its number stands there once."""
+  if len(steps) < 2 or steps[1].terms[0].step != 0:
+    return False
+  return [t.value for t in steps[1].terms].count(steps[0].value) == 1
 
 
 def test_style_of_the_solution_is_kept():

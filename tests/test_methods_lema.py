@@ -261,7 +261,11 @@ def test_training_record_of_a_pair():
   ('ablate', 'heading', 'completion'),
   [
     ('step', 'Explanation:', COMPLETION.partition('Explanation:')[2]),
-    ('explanation', 'Incorrect Step:', ' Step 2.' + COMPLETION[45:]),
+    (
+      'explanation',
+      'Incorrect Step:',
+      ' Step 2.\nCorrect' + COMPLETION.partition('\nCorrect')[2],
+    ),
     ('solution', 'Incorrect Step:', COMPLETION.partition('\nCorrect')[0]),
   ],
 )
