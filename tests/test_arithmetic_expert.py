@@ -1,4 +1,4 @@
-"""The scripted expert: it finds every perturbed step, and its questions have answers."""
+"""The scripted expert finds every perturbed step; its questions have answers."""
 
 import dataclasses
 import functools
@@ -88,7 +88,8 @@ def carried_on(steps, place, rng):
     result = f'{evaluate(new):g}'
     if result != value:
       changed[value] = result
-    lines.append(step.replace(f'{left}=<<{left}={value}>>{value}', f'{new}=<<{new}={result}>>{result}'))
+    old = f'{left}=<<{left}={value}>>{value}'
+    lines.append(step.replace(old, f'{new}=<<{new}={result}>>{result}'))
   return [*lines, f'The answer is {result}.']
 
 

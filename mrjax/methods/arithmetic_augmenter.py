@@ -118,7 +118,7 @@ def _asked(prompt: str) -> list[str]:
   return list(dict.fromkeys(asked)) or list(LABELS)
 
 
-# --- New numbers in the story itself ---------------------------------------------------
+# --- New numbers in the story itself ----------------------------------------
 
 
 def _change_numbers(story: Story, draws: Draws) -> Story:
@@ -164,7 +164,7 @@ def _other(value: int, question: str, draws: Draws) -> int:
   return draws.pick([n for n in range(max(2, value // 2), 2 * value + 1) if n != value])
 
 
-# --- Questions that go on from the answer ----------------------------------------------
+# --- Questions that go on from the answer -----------------------------------
 
 
 def _extended(tail: Callable[[int, Draws], _Tail]) -> Callable[[Story, Draws], Story]:

@@ -31,7 +31,8 @@ NOTHING_WRONG = ' There is no incorrect step.'
 
 _NUMBER = re.compile(r'\d+(?:\.\d+)?')
 _VISIBLE = re.compile(
-  r'(?<![\d.])(\d+(?:\.\d+)?(?:\s*[-+*/]\s*\$?\d+(?:\.\d+)?)+)\s*=\s*\$?(-?\d+(?:\.\d+)?)'
+  r'(?<![\d.])(\d+(?:\.\d+)?(?:\s*[-+*/]\s*\$?\d+(?:\.\d+)?)+)'
+  r'\s*=\s*\$?(-?\d+(?:\.\d+)?)'
 )
 _FINAL = re.compile(rf'(?:{ANSWER}:?|####|^A:)\s*(.*?)\.?\s*$', re.MULTILINE)
 _TOLERANCE = 1e-3  # as in `calculator.equation_holds`

@@ -76,7 +76,7 @@ def delta_perplexity(
 
 
 def choose_checkpoint(dev_accuracies: Mapping[int, float]) -> int:
-  """Returns the step of the checkpoint that is best on the dev split, the first of ties.
+  """Returns the step of the checkpoint that is best on dev, the first of ties.
 
   Raises:
     ValueError: No checkpoint, or an accuracy that is no number.

@@ -87,7 +87,7 @@ def draw_seeds(
 
 
 def rewrite_prompt(question: str) -> str:
-  """Returns the prompt that asks for a new question; it ends at the new one's heading."""
+  """Returns the prompt for a new question; it ends at the new one's heading."""
   return f'{_REWRITE}\n\n{_GIVEN}:\n{question}\n\n{_CREATED}:\n'
 
 

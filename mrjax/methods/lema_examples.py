@@ -290,7 +290,7 @@ _CSQA = (
       'The answer is to read.',
     ),
     None,
-    'Reading is the reason to want a book at all, bought or borrowed. The question asks '
+    'Reading is the reason to want a book at all, bought or borrowed. The question is '
     'why borrowing is chosen over buying.',
     (
       'to own it: A borrowed book belongs to the library.',

@@ -164,7 +164,12 @@ def corrected_records(
 ) -> list[Record]:
   """Returns the corrected solutions of pairs, from their first step, as CoT records."""
   return [
-    _cot(pair.path.problem, style.write(pair.corrected_steps), 'corrected', _origin(pair))
+    _cot(
+      pair.path.problem,
+      style.write(pair.corrected_steps),
+      'corrected',
+      _origin(pair),
+    )
     for pair in pairs
   ]
 

@@ -72,7 +72,7 @@ def correction_prompt(path: WrongPath, *, ablate: str | None = None) -> str:
   check_ablation(path.task, ablate)
   wanted = _TASKS_OF_PART_CSQA if csqa else _TASKS_OF_PART
   tasks = [text for part, text in wanted.items() if part != ablate]
-  listing = tasks[-1] if len(tasks) == 1 else ', '.join(tasks[:-1]) + ' and ' + tasks[-1]
+  listing = ' and '.join(filter(None, [', '.join(tasks[:-1]), tasks[-1]]))
   instruction = (
     f'The following {"answer" if csqa else "solution"} is incorrect. '
     f'{listing[0].upper()}{listing[1:]}.'
