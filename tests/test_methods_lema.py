@@ -30,7 +30,9 @@ from mrjax.methods.lema_prompts import (
 from mrjax.records import Problem
 
 PEARS = Problem(
-  id='7', question='Ann has 2 boxes of 5 pears and eats 3. How many are left?', answer='7'
+  id='7',
+  question='Ann has 2 boxes of 5 pears and eats 3. How many are left?',
+  answer='7',
 )
 PATH = WrongPath(
   PEARS, 'gsm8k', ('2*5=10.', '10-3=6.', 'The answer is 6.'), sample_index=4
@@ -67,7 +69,12 @@ def sample(text, *, problem_id='7', correct=False, extracted=None, index=0, **mo
       None,
       ['a = 2', 'b', 'The answer is 6. Bye.'],
     ),
-    ('So \\boxed{\\frac{1}{2}}.', None, None),
+    (
+      'So \\boxed{\\frac{1}{2}}.',
+      None,
+      ['So \\boxed{\\frac{1}{2}}.', 'The answer is \\frac{1}{2}.'],
+    ),
+    ('x\n$\\boxed{6}$.', None, ['x', 'The answer is 6.']),
     ('no marker\nat all', '6', ['no marker', 'at all', 'The answer is 6.']),
     ('no marker\nat all', None, ['no marker', 'at all']),
     ('x\nThe answer is 6.\n\nQuestion: y\n#### 9', None, ['x', 'The answer is 6.']),
@@ -82,8 +89,6 @@ def sample(text, *, problem_id='7', correct=False, extracted=None, index=0, **mo
   ],
 )
 def test_split_steps(text, answer, steps):
-  if steps is None:
-    steps = ['So \\boxed{\\frac{1}{2}}.', 'The answer is \\frac{1}{2}.']
   assert split_steps(text, answer=answer) == steps
 
 
@@ -140,9 +145,7 @@ def test_limit_draws_by_seed_not_by_order():
 def test_annotations_stay_or_go():
   samples = [sample('2*5=<<2*5=10>>10\n#### 6')]
   for keep, step in ((True, '2*5=<<2*5=10>>10'), (False, '2*5=10')):
-    paths, _ = select_wrong_paths(
-      [PEARS], samples, task='gsm8k', keep_annotations=keep
-    )
+    paths, _ = select_wrong_paths([PEARS], samples, task='gsm8k', keep_annotations=keep)
     assert paths[0].steps[0] == step
 
 
@@ -233,8 +236,9 @@ def test_csqa_layout_has_no_steps():
   prompt = corrector_prompt(path, shots=1)
   assert 'Step' not in prompt
   assert prompt.endswith('The answer is garage.\n}\nMistakes:')
-  assert 'Candidate Answers: garage, trunk, roof, field, seat.\nOriginal Answer:\n{\n' in (
-    prompt
+  assert (
+    'Candidate Answers: garage, trunk, roof, field, seat.\nOriginal Answer:\n{\n'
+    in (prompt)
   )
   assert '\nMistakes: The answer thinks of' in prompt
   assert '\nCorrected Answer:\n{\nclap them: ' in prompt
@@ -401,7 +405,7 @@ def test_real_wrong_paths(shared):
   rows = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
   problems = [
     Problem(
-      id=str(i), question=row['question'], answer=row['ground_truth'].split('A: ')[1]
+      id=str(i), question=row['question'], answer=row['ground_truth'].split('A: ')[-1]
     )
     for i, row in enumerate(rows)
   ]
@@ -433,7 +437,7 @@ def test_real_wrong_paths(shared):
     assert parse_query(corrector_prompt(pair.path))[1] == pair.path.steps
   # A corrector that repeats the mistake makes no pair.
   repeated = [
-    correction_completion(Correction(1, 'No.', (*p.steps, 'The answer is -3.')))
+    correction_completion(Correction(1, 'No.', (*p.steps, 'The answer is -77.')))
     for p in paths
   ]
   assert make_pairs(zip(paths, repeated, strict=True))[1]['wrong_answer'] == 3275

@@ -25,7 +25,9 @@ PROBLEMS = [
 PAIRS = [
   Pair(
     WrongPath(p, 'gsm8k', ('They are', 'many.', 'The answer is 0.'), sample_index=k),
-    Correction(2, 'Count.', (f'{p.id}+{p.id}={p.answer}', f'The answer is {p.answer}.')),
+    Correction(
+      2, 'Count.', (f'{p.id}+{p.id}={p.answer}', f'The answer is {p.answer}.')
+    ),
   )
   for p, k in [(PROBLEMS[0], 0), (PROBLEMS[0], 1), (PROBLEMS[4], 0), (PROBLEMS[7], 3)]
 ]

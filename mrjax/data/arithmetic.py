@@ -207,7 +207,9 @@ def _sample_solution(draws: Draws, steps: Sequence[Step]) -> list[str]:
     done: list[int] = []
     while len(done) < len(steps):
       ready = [
-        i for i in range(len(steps)) if i not in done and needed_steps(steps[i]) <= set(done)
+        i
+        for i in range(len(steps))
+        if i not in done and needed_steps(steps[i]) <= set(done)
       ]
       done.append(draws.pick(ready))
     steps = [steps[i] for i in done]

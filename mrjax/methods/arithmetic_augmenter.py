@@ -128,7 +128,9 @@ def _change_numbers(story: Story, draws: Draws) -> Story:
   digits: then all its places in the text mean that amount. (`half` is a 2 and `20%` a
   division by 100 that the text does not write.)
   """
-  given = Counter(t.value for s in story.steps for t in s.terms if t.step is None)
+  # One amount may be a term of two steps; then both hold the same object.
+  terms = {id(t): t for s in story.steps for t in s.terms if t.step is None}
+  given = Counter(term.value for term in terms.values())
   written = [int(number) for number in _NUMBER.findall(story.question)]
   movable = [v for v in dict.fromkeys(written) if given[v] == 1]
   chosen = [v for v in movable if draws.chance(0.7)] or [draws.pick(movable)]
@@ -139,16 +141,16 @@ def _change_numbers(story: Story, draws: Draws) -> Story:
 
   steps: list[Step] = []
   for step in story.steps:
-    terms = tuple(
+    changed = tuple(
       Amount(new.get(t.value, t.value))
       if t.step is None
       else Amount(steps[t.step].value, t.step)
       for t in step.terms
     )
-    value = apply(step.operators, [term.value for term in terms])
+    value = apply(step.operators, [term.value for term in changed])
     wordings = tuple(map(rewrite, step.wordings))
     steps.append(
-      dataclasses.replace(step, terms=terms, value=value, wordings=wordings)
+      dataclasses.replace(step, terms=changed, value=value, wordings=wordings)
     )
   question = rewrite(story.question)
   # With other numbers it may be a question of another split, which must stay unseen.
@@ -216,13 +218,13 @@ def _condition(answer: int, draws: Draws) -> _Tail:
 
 
 def _complexity(answer: int, draws: Draws) -> _Tail:
-  a, k, b = draws.between(2, max(3, answer)), draws.between(2, 5), draws.between(2, 30)
+  k, b = draws.between(2, 5), draws.between(2, 30)
   if draws.chance(0.5):
+    a, operators = draws.between(2, answer), '-*+'
     text = f'Take {a} away from that number, multiply the rest by {k} and add {b}.'
-    operators = '-*+'
   else:
+    a, operators = draws.between(2, answer + 20), '+/-'
     text = f'Add {a} to that number, divide the sum by {k} and take {b} away.'
-    operators = '+/-'
   steps = tuple((o, (None, n)) for o, n in zip(operators, (a, k, b), strict=True))
   return _Tail(f'{text} What is the result?', steps)
 

@@ -30,9 +30,9 @@ NOTHING_WRONG = ' There is no incorrect step.'
 """What the corrector writes about a solution in which it finds nothing."""
 
 _NUMBER = re.compile(r'\d+(?:\.\d+)?')
+_TERM = r'\(*\$?\d+(?:\.\d+)?\)*'
 _VISIBLE = re.compile(
-  r'(?<![\d.])(\d+(?:\.\d+)?(?:\s*[-+*/]\s*\$?\d+(?:\.\d+)?)+)'
-  r'\s*=\s*\$?(-?\d+(?:\.\d+)?)'
+  rf'(?<![\d.])({_TERM}(?:\s*[-+*/]\s*{_TERM})+)\s*=\s*\$?(-?\d+(?:\.\d+)?)'
 )
 _FINAL = re.compile(rf'(?:{ANSWER}:?|####|^A:)\s*(.*?)\.?\s*$', re.MULTILINE)
 _TOLERANCE = 1e-3  # as in `calculator.equation_holds`
@@ -133,8 +133,9 @@ def _follow(
       if _read(equation) not in read:
         return [], f'The step writes {equation}, but computes {annotated[0]}.'
   found = list(states)
-  for text, equation in zip(annotated or visible, read, strict=True):
-    found = [after for state in found for after in _advance(state, equation)]
+  named = _named(plain, states[0].graph)
+  for text, computed in zip(annotated or visible, read, strict=True):
+    found = [after for state in found for after in _advance(state, computed, named)]
     if not found:
       return [], _explain(text, states)
   if not read and not _FINAL.search(step):
@@ -153,11 +154,22 @@ def _read(equation: str) -> _Equation:
   return _Equation(tuple(sorted(map(float, _NUMBER.findall(left)))), float(right))
 
 
-def _advance(state: _State, equation: _Equation) -> Iterator[_State]:
-  """Yields the states after an equation: a step, or several computed in one line."""
+def _named(plain: str, graph: Sequence[Step]) -> set[int]:
+  """Returns the steps whose words a line has: `The pears cost` is not the plums'."""
+  words = _VISIBLE.sub('{e}', plain, count=1)
+  return {place for place, step in enumerate(graph) if words in step.wordings}
+
+
+def _advance(state: _State, equation: _Equation, named: set[int]) -> Iterator[_State]:
+  """Yields the states after an equation: a step, or several computed in one line.
+
+  Where the words of the line are those of some steps, it can be one of them only.
+  """
   graph, done = state
   for place, step in enumerate(graph):
-    if place in done or abs(step.value - equation.value) >= _TOLERANCE:
+    if place in done or (named and place not in named):
+      continue
+    if abs(step.value - equation.value) >= _TOLERANCE:
       continue
     for numbers, computed in _ways(graph, place, done):
       if tuple(sorted(numbers)) == equation.numbers:

@@ -31,6 +31,7 @@ Counts = dict[str, int]
 
 _RUN_ON = ('\n\nQ: ', '\n\nQuestion: ')  # the model went on to a next question
 _LAST_LINE = re.compile(r'(?:####|A:|Answer:)\s*(.*)')
+_BOX_ALONE = re.compile(r'\$?\\boxed\{.*\}\$?\.?')
 _STEP_NUMBER = re.compile(r'Step\s*\d+\s*[:.]\s*')
 # A full stop, then a capital letter, a number or a formula; not after `Mr.` or `A.`.
 _SENTENCE = re.compile(
@@ -108,6 +109,8 @@ def split_steps(text: str, *, answer: str | None = None) -> list[str]:
     text = re.sub(r'Step\s*\d+\s*[:.]\s*$', '', text)  # the number of the answer's step
   else:
     found = last_boxed(text) or answer or ''
+    if _BOX_ALONE.fullmatch(last.strip()):  # says nothing but the answer
+      text = head
   lines = [line for line in map(str.strip, _whole_lines(text)) if line]
   if len(lines) == 1:
     lines = _SENTENCE.split(lines[0])
@@ -281,5 +284,3 @@ def _whole_lines(text: str) -> Iterator[str]:
       yield so_far
       pending = []
   yield from pending  # never closed: line by line
-
-

@@ -63,6 +63,7 @@ def draw_seeds(
     raise ValueError(f'unknown seeds {seeds!r}; want one of {", ".join(SEEDS)}')
   if n < 1:
     raise ValueError(f'n={n} seeds; want at least 1')
+  entries: list[tuple[Problem, tuple[object, ...]]]
   if seeds == 'all':
     entries = [(problem, ('all', problem.id)) for problem in problems]
   else:
@@ -187,9 +188,7 @@ def voted_problems(
       f'task={task}, votes={votes}; want gsm8k or math, and at least 2 votes'
     )
   kept: list[Problem] = []
-  counts: Counter[str] = Counter(
-    problems=0, all_differ=0, unusable_answer=0, kept=0
-  )
+  counts: Counter[str] = Counter(problems=0, all_differ=0, unusable_answer=0, kept=0)
   for problem in problems:
     counts['problems'] += 1
     given = texts.get(problem.id, ())

@@ -22,9 +22,7 @@ def _pair(
   options: tuple[str, ...] | None = None,
 ) -> Pair:
   problem = Problem(id='example', question=question, answer=answer, options=options)
-  return Pair(
-    WrongPath(problem, task, wrong), Correction(step, explanation, solution)
-  )
+  return Pair(WrongPath(problem, task, wrong), Correction(step, explanation, solution))
 
 
 _GSM8K = (
